@@ -1,0 +1,1110 @@
+"""Train a classifier of paintings, a ResNet-50 read by an LSTM, on ArtGAN's WikiArt data set.
+
+    python train_model.py           learn the styles; the same command goes on after a stop
+    python train_model.py --help    every setting of this file as a flag
+
+Reads   DATA_DIR/<Style>/<artist>_<title>.jpg, and ArtGAN's lists in LISTS_DIR where they are there.
+Writes  small copies into SMALL_DIR; into OUTPUT_DIR bad_files.txt (pictures that cannot be used,
+        with reasons) and, after each epoch, model_last.pth, model_best.pth (highest validation
+        accuracy so far), history.csv and class_names.txt, which test_model.py goes on from.
+
+The file reads in the order of the data's way: paintings, labels, split, model, training.
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import hashlib
+import io
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import types
+import unicodedata
+import zipfile
+import zlib
+from collections import Counter, OrderedDict, defaultdict
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+try:
+    import torchvision
+except RuntimeError:  # A CPU build of torch beside a CUDA build of torchvision, whose C++ operators
+    # cannot load. Nothing here uses them; only their registration stops the import.
+    sys.modules["torchvision._meta_registrations"] = types.ModuleType("_meta_registrations")
+    import torchvision
+from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.transforms import v2
+
+# ---------------------------------------------------------------------------------------- settings
+# Edit them here, or give any of them as a flag for one run: EPOCHS as --epochs, and so on.
+
+EPOCHS = 20  # passes over the training paintings; 0 checks and prepares the data only
+ATTRIBUTE = "style"  # what to learn: style, artist, genre, or another that LISTS_DIR has lists of
+DATA_DIR = "wikiart"  # the unzipped originals, one folder a style; never written to
+LISTS_DIR = "wikiart_csv"  # ArtGAN's lists, used when they are there
+SMALL_DIR = "wikiart_small"  # the small copies, and nothing else
+OUTPUT_DIR = "."  # checkpoints, class_names.txt, history.csv, bad_files.txt
+GROUP_BY = "painting"  # "artist" keeps all paintings of an artist in one part of the split
+MIN_PAINTINGS = 100  # fewest paintings of an artist that make a class, where there are no lists
+WEIGHTS = "imagenet"  # where the ResNet starts: "imagenet" (a 98 MB download), "none", or a file
+BATCH_SIZE = 64  # paintings a step; a smaller number needs less memory
+IMAGE_SIZE = 224  # height and width of what the model sees, in pixels, 64 to 280
+LEARNING_RATE = 1e-3  # peak rate of the LSTM and the linear layer
+BACKBONE_RATE = 0.1  # the ResNet's rate as a share of that, where it starts pretrained
+FROZEN_EPOCHS = 1  # epochs at the start that leave a pretrained ResNet as it is
+WARMUP_EPOCHS = 0.5  # linear warm-up at the start, and again where the ResNet thaws, in epochs
+WEIGHT_DECAY = 0.05  # of AdamW, on matrices and convolutions
+DROPOUT = 0.3  # share of the LSTM's averaged outputs that training zeroes
+WORKERS = -1  # processes that load pictures; 0 loads in the main one, -1 suits the machine
+SEED = 0  # of the split, the order, the crops and the first weights
+
+SETTINGS = {name: value for name, value in list(globals().items()) if name.isupper()}
+
+# ------------------------------------------------------------------------------------------- facts
+
+NUMBERS = {  # the settings that are numbers: (type, least, most); the others are text
+    "EPOCHS": (int, 0, 10**6),
+    "MIN_PAINTINGS": (int, 1, 10**9),
+    "BATCH_SIZE": (int, 1, 10**6),
+    "IMAGE_SIZE": (int, 64, 280),  # 280 of a small copy's 320 pixels are what evaluation sees
+    "LEARNING_RATE": (float, 1e-9, 10),
+    "BACKBONE_RATE": (float, 0, 10),
+    "FROZEN_EPOCHS": (int, 0, 10**6),
+    "WARMUP_EPOCHS": (float, 0, 10**6),
+    "WEIGHT_DECAY": (float, 0, 10),
+    "DROPOUT": (float, 0, 0.99),
+    "WORKERS": (int, -1, 1024),
+    "SEED": (int, 0, 2**32),
+}
+CHANGEABLE = ("EPOCHS", "WORKERS", "DATA_DIR", "LISTS_DIR", "SMALL_DIR", "OUTPUT_DIR")  # in a run
+RUN_FILES = ("model_last.pth", "model_best.pth", "history.csv", "class_names.txt",
+             "predictions.csv", "outliers.csv", "report.html")
+PARTS = ("train", "validation", "test")
+ARTGAN = "https://github.com/cs-chan/ArtGAN, folder 'WikiArt Dataset'"
+
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+SMALL_SIDE = 320  # short side of a small copy in pixels
+CENTRAL = 7 / 8  # share of the short side that evaluation looks at
+MAX_PIXELS = 100_000_000  # largest picture; baseline JPEGs, which decode to less, may be larger
+BIG_PIXELS = 25_000_000  # larger ones are decoded one at a time, to bound memory
+BIG_PICTURE = threading.Lock()
+CLOCK_STEP = 2 * 10**9  # ns; times of files closer than this are the same (FAT counts in 2 s)
+
+CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each direction
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
+CLIP_NORM = 1.0  # largest norm of the gradient
+READ_EVERY = 20  # batches; reading losses oftener would hold up the device
+FORMAT = 1  # of the checkpoints
+ROW = re.compile(r"(.+?),+\s*([0-9]+)\s*")  # of ArtGAN's lists: path,label or path,,label
+CLASS = re.compile(r"\s*([0-9]+)\s+(.+?)\s*")  # of its class files: index name
+
+# --------------------------------------------------------------------------------------- paintings
+
+
+def list_pictures(folder):
+    """Return {"Style/name.jpg": modification time in ns}, sorted, of the pictures one folder down.
+
+    The time of what bears a picture's name but is no regular file is None. Hidden files and
+    folders are passed over, and so is everything without a picture's ending.
+    """
+    pictures = {}
+    for style in os.scandir(folder):
+        if style.is_dir() and not style.name.startswith("."):
+            for entry in os.scandir(style):
+                if is_picture(entry.name):
+                    changed = entry.stat().st_mtime_ns if entry.is_file() else None
+                    pictures[f"{style.name}/{entry.name}"] = changed
+    return dict(sorted(pictures.items()))
+
+
+def is_picture(name):
+    """Tell from a file's name whether it is a picture: not hidden, with a picture's ending."""
+    return name[0] != "." and os.path.splitext(name)[1].lower() in ENDINGS
+
+
+def decode(source, short_side):
+    """Return a picture, upright, as RGB whose short side is at most `short_side` pixels.
+
+    Nothing is enlarged. Baseline JPEGs are decoded at a reduced scale where that is large enough.
+
+    Raises nearly any exception on a broken picture, as Pillow does, and ValueError if a picture
+    that cannot be decoded at a reduced scale has more than MAX_PIXELS.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not know of draft(); ours does
+    with Image.open(source, formats=FORMATS) as image:
+        pixels = image.width * image.height
+        draftable = image.format in ("JPEG", "MPO") and "progressive" not in image.info
+        if pixels > MAX_PIXELS and not draftable:
+            raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
+        with BIG_PICTURE if pixels > BIG_PIXELS and not draftable else contextlib.nullcontext():
+            image.draft(image.mode, shrink(image.size, short_side))
+            ImageOps.exif_transpose(image, in_place=True)
+            return flatten(image, shrink(image.size, short_side))
+
+
+def shrink(size, short_side):
+    """Return the size of a picture, (width, height), with its short side at most `short_side`."""
+    scale = max(1, min(size) / short_side)
+    return tuple(max(1, round(side / scale)) for side in size)
+
+
+def flatten(image, size):
+    """Return an image in RGB and the given size: transparency on white, 16-bit grey as 8-bit."""
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
+    image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
+    if mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", size, "white"), image).convert("RGB")
+    return image
+
+
+def encode_small(source):
+    """Return the small copy of a picture, as JPEG. Raises what `decode` raises."""
+    jpeg = io.BytesIO()
+    decode(source, SMALL_SIDE).save(jpeg, "JPEG", quality=90)
+    return jpeg.getvalue()
+
+
+def small_name(path):
+    """Return a painting's name in SMALL_DIR: x.jpg stays, x.png becomes x.png.jpg.
+
+    No two paintings share one: x.png.jpg becomes x.png.jpg.jpg.
+    """
+    stem, ending = os.path.splitext(path)
+    return path if ending == ".jpg" and not is_picture("_" + stem) else path + ".jpg"
+
+
+def prepare(found, data_dir, small_dir):
+    """Bring the small copies of the found paintings up to date; return {path: reason} of the bad.
+
+    A copy bears its original's modification time: a changed original is copied anew. Threads do
+    the work, since Pillow frees the interpreter while it decodes, resizes and encodes.
+
+    Raises OSError if a copy cannot be written.
+    """
+    copies = list_pictures(small_dir) if small_dir.exists() else {}
+    outdated = [path for path, changed in found.items()
+                if abs((copies.get(small_name(path)) or 0) - (changed or math.inf)) > CLOCK_STEP]
+
+    def copy(path):
+        """Write the small copy of a painting; return None, or the reason why it is bad."""
+        try:
+            if found[path] is None:
+                raise ValueError("no regular file")
+            if len(os.fsencode(small_name(path).rpartition("/")[2])) > 255:
+                raise ValueError("the name is too long for a small copy")
+            jpeg = encode_small(data_dir / path)
+        except Exception as error:  # of nearly any kind, from Pillow
+            return shown(error) or type(error).__name__
+        write_whole(small_dir / small_name(path), jpeg, found[path])
+        return None
+
+    for style in {path.partition("/")[0] for path in outdated}:
+        (small_dir / style).mkdir(parents=True, exist_ok=True)
+    with ThreadPool(cores()) as pool:
+        bar = tqdm(pool.imap(copy, outdated), "small copies", len(outdated), disable=None)
+        bad = {path: reason for path, reason in zip(outdated, bar) if reason}
+    print(f"small copies: {len(outdated) - len(bad):,} written, "
+          f"{len(found) - len(outdated):,} were there already")
+    report([f"{path} ({reason})" for path, reason in bad.items()], "paintings cannot be used")
+    return bad
+
+
+def cores():
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def shown(text):
+    """Return a path or a message as one line that can be printed: the rest of it is escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def report(items, what):
+    """Print how many items there are and the first three, if there are any."""
+    if items:
+        dots = " ..." if len(items) > 3 else ""
+        print(f"{len(items):,} {what}: {', '.join(map(shown, items[:3]))}{dots}")
+
+
+# ------------------------------------------------------------------------------------------ labels
+
+
+def find_list(path, ending):
+    """Return the path of a list, with its ending or without, or None."""
+    return next((p for p in (path.with_name(path.name + ending), path) if p.is_file()), None)
+
+
+def read_rows(path, row):
+    """Return the groups of each line that is a row, and print how many lines there are."""
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(path)} is no text in UTF-8: {error}") from error
+    rows = [match.groups() for line in lines if (match := row.fullmatch(line))]
+    others = sum(map(bool, map(str.strip, lines))) - len(rows)
+    print(f"{shown(path)}: {len(rows):,} rows" + (f", other lines: {others}" if others else ""))
+    return rows
+
+
+def read_lists(lists_dir, attribute):
+    """Read ArtGAN's lists of an attribute, in the form of its zip or of its repository.
+
+    Returns the class names and {"test": {path: label}, "train": {path: label}}, where test is what
+    ArtGAN calls val; or None where there are no lists. A path listed twice counts once, by its
+    first row; the test list is read first, so that it stays whole.
+
+    Raises ValueError if a list is missing, is no list, or has a label without a class.
+    """
+    files = {kind: find_list(lists_dir / f"{attribute}_{kind}", ending)
+             for kind, ending in (("class", ".txt"), ("val", ".csv"), ("train", ".csv"))}
+    if not any(files.values()):
+        return None
+    if missing := [f"{attribute}_{kind}" for kind, file in files.items() if not file]:
+        raise ValueError(f"{shown(lists_dir)} lacks {', '.join(missing)}: see {ARTGAN}")
+    class_file, test_file, train_file = files.values()
+
+    names = {int(index): name for index, name in read_rows(class_file, CLASS)}
+    if not names or sorted(names) != list(range(len(names))):
+        raise ValueError(f"{shown(class_file)} must number its classes from 0, one a line")
+    listed, repeated, folders = {"test": {}, "train": {}}, [], defaultdict(Counter)
+    for part, file in (("test", test_file), ("train", train_file)):
+        for path, label in read_rows(file, ROW):
+            if int(label) not in names:
+                raise ValueError(f"{shown(file)} gives {shown(path)} the label {label}, which "
+                                 f"{shown(class_file)} does not name")
+            if path in listed["test"] or path in listed["train"]:
+                repeated.append(path)
+            else:
+                listed[part][path] = int(label)
+                folders[int(label)][path.partition("/")[0]] += 1
+    report(repeated, "rows repeat a painting and are passed over")
+    if attribute == "style":  # goes by the folders' names: Art_Nouveau_Modern, not Art_Nouveau
+        names |= {label: count.most_common(1)[0][0] for label, count in folders.items()}
+    return [names[label] for label in range(len(names))], listed
+
+
+def read_names(found, attribute, min_paintings):
+    """Label paintings without lists: style by folder, artist by file name.
+
+    Returns the class names, sorted, and {path: label}. Raises ValueError for other attributes.
+    """
+    if attribute not in ("style", "artist"):
+        raise ValueError(
+            f"ATTRIBUTE {attribute!r} needs {attribute}_train.csv, {attribute}_val.csv and "
+            f"{attribute}_class.txt in LISTS_DIR; ArtGAN's lists of style, artist and genre are at "
+            f"{ARTGAN}, and style and artist go without")
+    name_of, least = (style, 1) if attribute == "style" else (artist, min_paintings)
+    sizes = Counter(map(name_of, found))
+    class_names = sorted(name for name, size in sizes.items() if size >= least)
+    label = {name: number for number, name in enumerate(class_names)}
+    return class_names, {path: label[name_of(path)] for path in found if name_of(path) in label}
+
+
+def style(path):
+    """Return a painting's folder."""
+    return path.partition("/")[0]
+
+
+def artist(path):
+    """Return the artist that a painting's file name tells: what stands before its first _."""
+    return file_name(path).partition("_")[0]
+
+
+def file_name(path):
+    """Return a painting's file name, the same in every folder and every form of Unicode."""
+    return unicodedata.normalize("NFC", path.rpartition("/")[2])
+
+
+def match(listed, found):
+    """Return {listed path: path on disk} of the listed paintings that are on disk.
+
+    Some listed names are mojibake, and disks hold them as listed, decoded rightly, or with _ for
+    each odd character. What is not there to the letter is therefore looked for by its folder and
+    the ASCII letters and digits of its name, among the files that no list claims, and counts only
+    where one path and one file have that key, one of them with an odd character.
+    """
+    places = {path: path for path in listed if path in found}
+
+    def by_key(paths):
+        keys = defaultdict(list)
+        for path in paths:
+            keys[style(path), re.sub("[^A-Za-z0-9]", "", file_name(path))].append(path)
+        return keys
+
+    files = by_key(path for path in found if path not in places)
+    for key, paths in by_key(path for path in listed if path not in places).items():
+        if len(paths) == len(files[key]) == 1 and not (paths[0] + files[key][0]).isascii():
+            places[paths[0]] = files[key][0]
+    return places
+
+
+def label_paintings(found, attribute, lists_dir, min_paintings):
+    """Label the found paintings, by ArtGAN's lists where they are there.
+
+    Returns the class names; {path: label} and {path: path on disk} of the paintings that are on
+    disk, with paths as the lists spell them; and the set of paths that the lists keep for the
+    test, None without lists.
+
+    Raises ValueError if no painting or a single class is left, and what the readers raise.
+    """
+    lists, tested = read_lists(lists_dir, attribute), None
+    if lists:
+        class_names, listed = lists
+        labels, tested = listed["test"] | listed["train"], set(listed["test"])
+    else:
+        class_names, labels = read_names(found, attribute, min_paintings)
+    places = match(labels, found)
+    report([path for path in labels if path not in places], "listed paintings are not on disk")
+    report(sorted(found.keys() - set(places.values())), f"paintings have no {attribute}")
+    if lists and not places:
+        raise ValueError(
+            f"the {attribute} lists in {shown(lists_dir)} name {len(labels):,} paintings, and none "
+            f"of them is on disk, where the first is {shown(next(iter(found)))}: do they belong "
+            "together?")
+    labels = {path: label for path, label in labels.items() if path in places}
+    if len(set(labels.values())) < 2:
+        raise ValueError(f"there are paintings of {len(set(labels.values()))} {attribute} alone; "
+                         "to classify takes two")
+    return class_names, labels, places, tested
+
+
+# ------------------------------------------------------------------------------------------- split
+
+
+def draw_split(labels, group_of, shares, seed):
+    """Divide {path: label} by class into parts, each group of paintings whole in one of them.
+
+    shares: {part: share}, the most needed part first: a class of 1 goes to the first, of 2 to the
+    first two, and so on. Returns {part: [paths]}. The same seed gives the same split on every
+    machine: neither the order of the labels nor Python's hash() matters.
+
+    Rare classes and large groups come first, as in iterative stratification (Sechidis et al.
+    2011); each group goes where its paintings fill most of the share that is still lacking.
+    """
+    sizes, wanted = Counter(labels.values()), {}
+    for label, size in sizes.items():
+        counts = [max(1, int(size * share + 0.5)) * (place < size)
+                  for place, share in enumerate(shares.values())]
+        counts[0] = size - sum(counts[1:])
+        wanted |= {(part, label): count for part, count in zip(shares, counts)}
+    members = defaultdict(list)
+    for path in sorted(labels):
+        members[group_of(path)].append(path)
+
+    def rank(group):
+        rarest = min(sizes[labels[path]] for path in members[group])
+        draw = hashlib.blake2b(f"{seed} {group}".encode("utf-8", "surrogateescape")).digest()
+        return rarest, -len(members[group]), draw
+
+    def distance(part, counts):
+        """Return how much these paintings change the part's squared distance from its shares."""
+        return sum(count * (count - 2 * lacking[part, label]) / max(wanted[part, label], 0.5) ** 2
+                   for label, count in counts.items())
+
+    split, lacking = {part: [] for part in shares}, Counter(wanted)
+    for group in sorted(members, key=rank):
+        counts = Counter(labels[path] for path in members[group])
+        part = min(shares, key=lambda part: distance(part, counts))  # noqa: B023
+        split[part] += members[group]
+        lacking.subtract({(part, label): count for label, count in counts.items()})
+    return {part: sorted(paths) for part, paths in split.items()}
+
+
+def split_paintings(labels, tested, group_by, seed):
+    """Return {part: {path: label}} for the parts train, validation and test.
+
+    The test is what ArtGAN's lists keep for it, and validation a tenth of the rest. Without lists,
+    or where artists are to stay together, the parts are 70, 15 and 15 %; files of one name in two
+    folders stay together. Raises ValueError if a part is empty.
+    """
+    if tested is None or group_by == "artist":
+        shares, given = {"train": 0.7, "test": 0.15, "validation": 0.15}, set()
+    else:
+        shares, given = {"train": 0.9, "validation": 0.1}, tested & labels.keys()
+    drawn = {path: label for path, label in labels.items() if path not in given}
+    paths = {"test": sorted(given)}
+    paths |= draw_split(drawn, artist if group_by == "artist" else file_name, shares, seed)
+    split = {part: {path: labels[path] for path in paths[part]} for part in PARTS}
+    for part in PARTS:
+        if not split[part]:
+            raise ValueError(f"{len(labels):,} paintings in {len(set(labels.values()))} classes "
+                             f"leave none for {part}")
+    learned = {file_name(path) for part in ("train", "validation") for path in split[part]}
+    twins = [path for path in split["test"] if file_name(path) in learned]
+    report(twins, "test paintings share their file name with one to learn from")
+    return split
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+class FeatureExtractor(nn.Module):
+    """ResNet-50 (He et al. 2016, arXiv 1512.03385) without its pooling and its classifier."""
+
+    def __init__(self):
+        super().__init__()
+        layers = OrderedDict(resnet50().named_children())
+        del layers["avgpool"], layers["fc"]
+        self.resnet = nn.Sequential(layers)
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        """Turn images (B, 3, H, W) of 0..255 into a feature map (B, 2048, H/32, W/32)."""
+        return self.resnet((images - self.mean) / self.std)
+
+
+class ArtClassifier(nn.Module):
+    """ResNet-50 whose feature map an LSTM (Hochreiter & Schmidhuber 1997) reads row by row."""
+
+    def __init__(self, classes, dropout=0.0):
+        super().__init__()
+        self.features = FeatureExtractor()
+        self.lstm = nn.LSTM(CHANNELS, LSTM_UNITS, batch_first=True, bidirectional=True)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(2 * LSTM_UNITS, classes)
+
+    def forward(self, images):
+        """Turn images (B, 3, H, W) of 0..255 into logits (B, classes)."""
+        feature_map = self.features(images)  # (B, 2048, H/32, W/32)
+        with torch.autocast(images.device.type, enabled=False):  # margins need float32
+            return self.read_rows(feature_map.float())  # (B, classes)
+
+    def read_rows(self, feature_map):
+        """Turn a feature map (B, 2048, rows, columns) into logits (B, classes)."""
+        rows = feature_map.mean(3).transpose(1, 2)  # (B, rows, 2048), the top row first
+        outputs, _ = self.lstm(rows)  # (B, rows, 512), rows read downwards and upwards
+        return self.linear(self.dropout(outputs.mean(1)))  # (B, classes)
+
+    def start_training(self, frozen):
+        """Set training mode; a frozen ResNet keeps weights and batch statistics."""
+        self.train()
+        self.features.train(not frozen)
+        self.features.requires_grad_(not frozen)
+
+
+def load_resnet(model, weights):
+    """Start the ResNet from `weights`: "imagenet" (torchvision's IMAGENET1K_V2), "none", or a file.
+
+    Raises OSError if they cannot be had, ValueError if they are not the weights of a ResNet-50.
+    """
+    if weights == "none":
+        return
+    path = Path(weights).expanduser()
+    if weights == "imagenet":
+        url = ResNet50_Weights.IMAGENET1K_V2.url
+        path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, path, path.stem.rpartition("-")[2])
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"cannot download {url} ({error}): put that file at {shown(path)}, or "
+                          "start without it by --weights none") from error
+    tensors = load_tensors(path)
+    load_state(model.features.resnet, tensors, path, unused=("fc.weight", "fc.bias"))
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+class Paintings(Dataset):
+    """Small copies as pixels: `paintings[index, epoch]` is (pixels (S, S, 3) uint8, label).
+
+    From epoch 1 on it is a random crop of 0.35 to 1 of the area, flipped or not, which follows
+    from (seed, epoch, painting) alone; in epoch 0 the centre, as evaluation sees it.
+    """
+
+    def __init__(self, small_dir, paths, labels, image_size, seed=0):
+        self.small_dir, self.image_size, self.seed = str(small_dir), image_size, seed
+        # in one array each: lists of 81,446 objects would grow in every worker
+        self.paths = np.array([os.fsencode(small_name(path)) for path in paths])
+        self.labels = np.array(labels, dtype=np.int64)
+        crop = v2.RandomResizedCrop(image_size, scale=(0.35, 1))
+        self.vary = v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        index, epoch = key
+        path = os.fsdecode(self.paths[index])
+        with Image.open(os.path.join(self.small_dir, path)) as image:
+            if epoch == 0:
+                image = centre(image, self.image_size)
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed_of(self.seed, epoch, path))
+                    image = self.vary(image)
+            return torch.from_numpy(np.array(image)), self.labels[index]
+
+
+def centre(image, image_size):
+    """Return the central square, 7/8 of the short side, as image_size x image_size pixels."""
+    side = CENTRAL * min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
+
+
+def seed_of(*parts):
+    """Return a seed of 32 bits that follows from the parts alone, on every machine."""
+    return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
+
+
+class Batches(Sampler):
+    """The batches of the next pass over `Paintings`, as lists of its keys (index, epoch)."""
+
+    def __init__(self, batch_size, seed=0):
+        self.batch_size, self.seed, self.batches = batch_size, seed, []
+
+    def shuffle(self, indices, epoch):
+        """Make the next pass one of training, in the order that follows from (seed, epoch)."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        order = torch.randperm(len(indices), generator=generator).tolist()
+        self.keep_order([indices[place] for place in order], epoch)
+
+    def keep_order(self, indices, epoch=0):
+        """Make the next pass take the indices as they come, in batches of nearly equal size."""
+        steps = math.ceil(len(indices) / self.batch_size)
+        cuts = [len(indices) * step // steps for step in range(steps + 1)]
+        self.batches = [[(index, epoch) for index in indices[start:end]]
+                        for start, end in zip(cuts, cuts[1:])]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def make_loader(paintings, batches, workers, device):
+    """Return a loader of (pixels (B, S, S, 3) uint8, labels (B)), one for all passes of a run.
+
+    It raises what its workers raise, with their tracebacks in the message.
+    """
+    return DataLoader(
+        paintings,
+        batch_sampler=batches,
+        num_workers=workers if workers >= 0 else min(cores(), 16),
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers != 0,
+        worker_init_fn=leave_interrupts,
+        generator=torch.Generator(),  # not the common one, which dropout draws from
+    )
+
+
+def leave_interrupts(_):
+    """Leave Ctrl-C, which a terminal sends to the workers too, to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def choose_device():
+    """Return CUDA, MPS or the CPU, the first that is there, and its type for mixed precision.
+
+    The type is None where mixed precision gains nothing, as on CPUs without bf16 instructions.
+    """
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.device("cuda"), torch.bfloat16 if bf16 else torch.float16
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), None
+    instructions = torch.cpu.get_capabilities()
+    bf16 = any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.device("cpu"), torch.bfloat16 if bf16 else None
+
+
+def to_device(model, device):
+    """Move a model to the device, in the memory format in which it convolves fastest."""
+    fastest = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return model.to(device, memory_format=fastest)
+
+
+def to_images(pixels, device):
+    """Move pixels (B, S, S, 3) uint8 to the device as images (B, 3, S, S), still uint8."""
+    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+
+
+def make_optimizer(model, learning_rate, backbone_rate, weight_decay):
+    """Return AdamW with a rate of its own for the ResNet, and no decay of norms and biases.
+
+    Each group's "peak" is the rate that the schedule scales.
+    """
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        groups[name.startswith("features."), parameter.ndim > 1].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters,
+          "peak": learning_rate * (backbone_rate if backbone else 1),
+          "weight_decay": weight_decay if matrix else 0.0}
+         for (backbone, matrix), parameters in groups.items()],
+        fused=True)
+
+
+def rate_at(progress, epochs, frozen_epochs, warmup_epochs):
+    """Return the learning rate as a share of its peak, `progress` epochs into the training.
+
+    A linear warm-up, another where the ResNet thaws, and over both a cosine that ends at 0
+    (Loshchilov & Hutter 2017, arXiv 1608.03983).
+    """
+    since = progress - (frozen_epochs if progress >= frozen_epochs else 0)
+    warm = min(1, since / warmup_epochs) if warmup_epochs else 1
+    return warm * (1 + math.cos(math.pi * progress / epochs)) / 2
+
+
+def progress_bar(loader, title):
+    """Return a bar that counts the paintings of a pass; none where the output is no terminal."""
+    count = sum(map(len, loader.batch_sampler))
+    return tqdm(desc=title, total=count, unit=" paintings", disable=None, leave=False)
+
+
+def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
+    """Train on every batch of the loader once; return the mean loss of a painting.
+
+    shares: for each batch, the learning rate as a share of its peak.
+
+    Raises ValueError if a loss or a gradient is not finite.
+    """
+    device = next(model.parameters()).device
+    total, count, unread = 0.0, 0, []
+    with progress_bar(loader, title) as bar:
+        for batch, ((pixels, labels), share) in enumerate(zip(loader, shares), 1):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+            images, labels = to_images(pixels, device), labels.to(device, non_blocking=True)
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                logits = model(images)
+            loss = nn.functional.cross_entropy(logits, labels)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            scaler.step(optimizer)  # in fp16 a gradient may overflow: the scaler skips that step
+            scaler.update()
+            optimizer.zero_grad()
+            finite = loss.isfinite() & (norm.isfinite() | scaler.is_enabled())
+            unread.append((batch, len(labels), share, torch.stack((loss.detach(), finite))))
+            count += len(labels)
+            if len(unread) == READ_EVERY or batch == len(loader):
+                total += sum_losses(unread, title)
+                bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
+                unread = []
+            bar.update(len(labels))
+    return total / count
+
+
+def sum_losses(unread, title):
+    """Return the summed loss of batches (number, size, share of the rate, (mean loss, finite)).
+
+    It waits for the device. Raises ValueError if a batch is not finite.
+    """
+    total, values = 0.0, torch.stack([values for *_, values in unread]).tolist()
+    for (batch, size, share, _), (loss, finite) in zip(unread, values):
+        if not finite:
+            raise ValueError(f"{title}, batch {batch}, at {share:.3f} of the peak learning rate: "
+                             f"the loss ({loss}) or its gradient is not finite; nothing of this "
+                             "epoch is kept; try a smaller LEARNING_RATE")
+        total += loss * size
+    return total
+
+
+@torch.inference_mode()
+def evaluate(model, loader, precision, title):
+    """Return logits (N, classes) and labels (N), on the CPU, of all that the loader holds."""
+    device, logits, truth = next(model.parameters()).device, [], []
+    model.eval()
+    with progress_bar(loader, title) as bar:
+        for pixels, labels in loader:
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                logits.append(model(to_images(pixels, device)))
+            truth.append(labels)
+            bar.update(len(labels))
+    return torch.cat(logits).cpu(), torch.cat(truth)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def write_whole(path, content, changed=None):
+    """Write a file whole or not at all: beside its place, to the disk, then into its place.
+
+    content: bytes, or a function that writes into the open file; changed: its modification time
+    in ns. What a kill leaves of it is overwritten by the next try. Raises OSError with the path.
+    """
+    name = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    temporary = path.with_name(f".{name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if changed is not None:
+            os.utime(temporary, ns=(changed, changed))
+        os.replace(temporary, path)
+        if os.name == "posix":  # where the new name is on the disk only once its folder is
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+
+
+def write_table(path, rows):
+    """Write rows, dictionaries with the same keys, as CSV in UTF-8 with a header."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def load_tensors(path):
+    """Load a file of torch.save that holds tensors and plain values alone.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or holds anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {shown(path)}")
+    archived, damaged = zipfile.is_zipfile(path), None
+    with contextlib.suppress(Exception):  # of many kinds; torch's words advise an unsafe load
+        damaged = archived and zipfile.ZipFile(path).testzip()
+        if not damaged:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    if damaged:
+        reason = f"it is damaged (the checksum of {shown(damaged)} is wrong)"
+    elif archived:
+        reason = "it is damaged, or holds more than tensors and plain values, which could run code"
+    else:
+        reason = "it is cut off, or nothing that torch.save wrote"
+    raise ValueError(f"{shown(path)} is refused: {reason}")
+
+
+def load_checkpoint(path):
+    """Load a checkpoint of `save_run`. Raises what `load_tensors` raises, ValueError for others."""
+    checkpoint = load_tensors(path)
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise ValueError(f"{shown(path)} is refused: train_model.py did not write it")
+    if checkpoint["format"] != FORMAT:
+        raise ValueError(f"{shown(path)} is refused: its format is {checkpoint['format']}, and "
+                         f"this version reads format {FORMAT}")
+    return checkpoint
+
+
+def load_state(module, tensors, path, unused=()):
+    """Load tensors into a module. Raises ValueError unless names and shapes fit, all finite."""
+    own = module.state_dict()
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{shown(path)} is refused: it holds no weights")
+    given = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    wrong = sorted(own.keys() ^ given.keys()) or [
+        name for name in own
+        if own[name].shape != given[name].shape or not given[name].isfinite().all()]
+    if wrong:
+        raise ValueError(f"{shown(path)} is refused: {len(wrong)} tensors are missing, unknown, of "
+                         f"another shape or not finite; the first is {shown(wrong[0])}")
+    module.load_state_dict(given)
+
+
+def kept_settings(settings):
+    """Return the settings that stay the same through a run, by their names."""
+    return {name: getattr(settings, name.lower()) for name in SETTINGS if name not in CHANGEABLE}
+
+
+def save_run(run, model, optimizer, scaler, settings):
+    """Write model_last.pth, model_best.pth if this epoch is the best, and the tables beside them.
+
+    model_best.pth holds all that testing needs, model_last.pth also all that going on needs; it
+    comes first, so that a kill between the two can be made good.
+    """
+    folder, accuracies = settings.output_dir, [row["validation_accuracy"] for row in run["history"]]
+    tested = {
+        "format": FORMAT,
+        "settings": kept_settings(settings),
+        "class_names": run["class_names"],
+        "epoch": len(accuracies),
+        "validation_accuracy": accuracies[-1],
+        "history": run["history"],
+        "test": run["split"]["test"],
+        "artists": run["artists"],
+        "versions": {"torch": str(torch.__version__), "torchvision": torchvision.__version__},
+        "model": model.state_dict(),
+    }
+    going_on = {
+        "split": run["split"],
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+    last = folder / "model_last.pth"
+    write_whole(last, lambda file: torch.save(tested | going_on, file))
+    if accuracies[-1] > max(accuracies[:-1], default=-1):
+        write_whole(folder / "model_best.pth", lambda file: torch.save(tested, file))
+    write_table(folder / "history.csv", run["history"])
+    names = "".join(f"{shown(name)}\n" for name in run["class_names"])
+    write_whole(folder / "class_names.txt", names.encode("utf-8"))
+    settings.saved = (f"epoch {len(accuracies)} of {settings.epochs} is saved in {shown(last)}; "
+                      "the same command goes on from there")
+
+
+def find_earlier_run(settings, class_names):
+    """Return the checkpoint to go on from, or None. Raises ValueError if it is of another run."""
+    last, best = settings.output_dir / "model_last.pth", settings.output_dir / "model_best.pth"
+    if settings.fresh or not (last.exists() or best.exists()):
+        return None
+    if not last.exists():
+        raise ValueError(f"{shown(best)} is there without model_last.pth, which going on takes; "
+                         "--fresh moves it aside and starts a new run")
+    run = load_checkpoint(last)
+    now = kept_settings(settings) | {"the class names": class_names}
+    then = run["settings"] | {"the class names": run["class_names"]}
+    wrong = [f"{name}: then {shown(then.get(name))}, now {shown(now[name])}"
+             for name in now if now[name] != then.get(name)]
+    if wrong:
+        raise ValueError(f"{shown(last)} is of another run ({'; '.join(wrong)}): undo that, or "
+                         "start a new run by --fresh, which moves the earlier one aside")
+    return run
+
+
+def move_aside(folder):
+    """Move the files of an earlier run into previous-1, or the first such folder that is free."""
+    files = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if files:
+        numbers = range(1, 10**6)
+        place = next(place for number in numbers
+                     if not (place := folder / f"previous-{number}").exists())
+        place.mkdir()
+        for file in files:
+            file.rename(place / file.name)
+        print(f"the earlier run is now in {shown(place)}")
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def make_parser(description, settings, *scripts):
+    """Return a parser with a flag for each setting, explained by the comment beside it."""
+    text = "".join(Path(script).read_text(encoding="utf-8") for script in scripts)
+    notes = dict(re.findall(r"^([A-Z_]+) = .*?  # (.+)$", text, re.MULTILINE))
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
+    for name, value in settings.items():
+        flag, note = "--" + name.lower().replace("_", "-"), f"{notes.get(name)} [{value}]"
+        parser.add_argument(flag, default=argparse.SUPPRESS, metavar="VALUE",
+                            help=note.replace("%", "%%"))
+    return parser
+
+
+def check_setting(name, value):
+    """Return a setting's value, a folder as Path. Raises ValueError if it is of no use."""
+    if name in NUMBERS:
+        kind, least, most = NUMBERS[name]
+        if type(value) not in (int, kind) or not least <= value <= most:
+            raise ValueError(f"{name} must be a {'whole ' * (kind is int)}number from {least:,} to "
+                             f"{most:,}, not {value!r}")
+        return value
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be text, not {value!r}")
+    return Path(value).expanduser() if name.endswith("_DIR") else value
+
+
+def run_script(work, parser, settings, argv):
+    """Run `work` on the settings, constants or flags; return the exit code.
+
+    Errors that a user can mend, ValueError and OSError, become one line here; others are bugs.
+    """
+    options = parser.parse_args(argv)
+    options.saved = ""  # what a run that is stopped now leaves behind
+    try:
+        for name, value in settings.items():
+            if hasattr(options, name.lower()):
+                value = getattr(options, name.lower())
+                with contextlib.suppress(ValueError, SyntaxError):
+                    value = ast.literal_eval(value) if name in NUMBERS else value
+            setattr(options, name.lower(), check_setting(name, value))
+        work(options)
+        return 0
+    except KeyboardInterrupt:
+        print("stopped:", options.saved or "nothing is lost", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError:
+        smaller = max(1, options.batch_size // 2)
+        message = f"out of GPU memory: try a smaller BATCH_SIZE, such as --batch-size {smaller}"
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        message = f"{shown(error)} (--workers 0 goes without worker processes)"
+    except (ValueError, OSError) as error:
+        message = str(error).strip().rpartition("\n")[2]  # the last line of a worker's traceback
+    print(f"error: {shown(message)}", options.saved and f"({options.saved})", file=sys.stderr)
+    return 1
+
+
+def check_folders(data_dir, small_dir, output_dir):
+    """Raise ValueError if originals and small copies overlap, OSError if nothing can be written."""
+    small, originals = small_dir.resolve(), data_dir.resolve()
+    if small.is_relative_to(originals) or originals.is_relative_to(small):
+        raise ValueError(f"SMALL_DIR ({shown(small)}) and DATA_DIR ({shown(originals)}) must be "
+                         "two folders, neither inside the other")
+    for folder in (small_dir, output_dir):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            raise OSError(f"cannot write into {shown(folder)}: {error.strerror}") from error
+
+
+def train(settings):
+    """Find, label, prepare and split the paintings, then train.
+
+    What can be wrong without decoding a picture is checked before anything is written.
+    """
+    data_dir, small_dir, output_dir = settings.data_dir, settings.small_dir, settings.output_dir
+    if settings.group_by not in ("painting", "artist"):
+        raise ValueError(f"GROUP_BY must be painting or artist, not {settings.group_by!r}")
+    if settings.group_by == settings.attribute:
+        raise ValueError("GROUP_BY artist keeps artists apart, so they cannot be the ATTRIBUTE")
+    found = find_paintings(data_dir)
+    check_folders(data_dir, small_dir, output_dir)
+    class_names, labels, places, tested = label_paintings(
+        found, settings.attribute, settings.lists_dir, settings.min_paintings)
+    run = {"class_names": class_names, "history": []}
+    if settings.epochs:
+        torch.manual_seed(settings.seed)
+        model = ArtClassifier(len(class_names), settings.dropout)
+        if earlier := find_earlier_run(settings, class_names):
+            run = earlier
+            load_state(model, run["model"], output_dir / "model_last.pth")
+        else:
+            load_resnet(model, settings.weights)
+
+    bad = prepare(found, data_dir, small_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{shown(path)}\t{reason}\n" for path, reason in bad.items())
+    write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
+    labels = {path: label for path, label in labels.items() if places[path] not in bad}
+    if "split" in run:
+        run["split"] = still_there(run["split"], labels)
+    else:
+        run["split"] = split_paintings(labels, tested, settings.group_by, settings.seed)
+        run["artists"] = commonest_classes(run["split"])
+    sizes = ", ".join(f"{len(run['split'][part]):,} {part}" for part in PARTS)
+    print(f"split: {sizes} paintings in {len(class_names)} classes")
+    used = set(labels.values())
+    report([name for label, name in enumerate(class_names) if label not in used],
+           "classes have no painting")
+    if settings.epochs:
+        if settings.fresh:
+            move_aside(output_dir)
+        fit(model, run, places, settings)
+
+
+def find_paintings(data_dir):
+    """Return `list_pictures(data_dir)`. Raises FileNotFoundError or ValueError if there is none."""
+    if not data_dir.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {shown(data_dir)}: unzip ArtGAN's WikiArt ({ARTGAN}) there, or "
+            "tell where it is by --data-dir; python tests/demo.py goes without it")
+    found = list_pictures(data_dir)
+    if not found:
+        raise ValueError(f"{shown(data_dir)} has no picture in its folders: it must hold a folder "
+                         "a style, with the pictures in them, as ArtGAN's wikiart.zip does")
+    print(f"{len(found):,} paintings in {shown(data_dir)}")
+    return found
+
+
+def commonest_classes(split):
+    """Return {artist: commonest label of the paintings outside the test}; "" is for all others."""
+    counts = defaultdict(Counter)
+    for part in ("train", "validation"):
+        for path, label in sorted(split[part].items()):
+            counts[artist(path)][label] += 1
+            counts[""][label] += 1
+    return {name: count.most_common(1)[0][0] for name, count in counts.items()}
+
+
+def still_there(split, labels):
+    """Return an earlier split without the paintings that are gone; print what is gone or new."""
+    known = {path for paintings in split.values() for path in paintings}
+    report(sorted(known - labels.keys()), "paintings of the run are gone")
+    report(sorted(labels.keys() - known), "paintings are new since the run began and not used")
+    return {part: {path: label for path, label in paintings.items() if path in labels}
+            for part, paintings in split.items()}
+
+
+def fit(model, run, places, settings):
+    """Train from where the run stands to the last epoch, saving each before the next begins."""
+    epochs, history, train_count = settings.epochs, run["history"], len(run["split"]["train"])
+    device, precision = choose_device()
+    pretrained = settings.weights != "none"
+    frozen_epochs = settings.frozen_epochs if pretrained else 0
+    backbone_rate = settings.backbone_rate if pretrained else 1
+    to_device(model, device)
+    optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+
+    paintings = run["split"]["train"] | run["split"]["validation"]
+    pixels = Paintings(settings.small_dir, [places[path] for path in paintings],
+                       list(paintings.values()), settings.image_size, settings.seed)
+    batches = Batches(settings.batch_size, settings.seed)
+    loader = make_loader(pixels, batches, settings.workers, device)
+    if history:
+        optimizer.load_state_dict(run["optimizer"])
+        scaler.load_state_dict(run["scaler"])
+        save_run(run, model, optimizer, scaler, settings)  # makes a kill between its files good
+        print(settings.saved)
+    print(f"training on {device} in {precision or torch.float32}, {loader.num_workers} loaders")
+    for epoch in range(len(history) + 1, epochs + 1):
+        title, begun = f"epoch {epoch}/{epochs}", time.perf_counter()
+        torch.manual_seed(seed_of(settings.seed, epoch))  # of dropout
+        model.start_training(frozen=epoch <= frozen_epochs)
+        batches.shuffle(range(train_count), epoch)
+        steps = [epoch - 1 + (step + 0.5) / len(batches) for step in range(len(batches))]
+        shares = [rate_at(step, epochs, frozen_epochs, settings.warmup_epochs) for step in steps]
+        loss = train_epoch(model, loader, optimizer, scaler, precision, shares, title)
+        speed = train_count / (time.perf_counter() - begun)
+        batches.keep_order(range(train_count, len(paintings)))
+        logits, labels = evaluate(model, loader, precision, f"{title} validation")
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        history.append({
+            "epoch": epoch,
+            "training_loss": loss,
+            "validation_loss": nn.functional.cross_entropy(logits, labels).item(),
+            "validation_accuracy": accuracy,
+            "learning_rate": settings.learning_rate * shares[-1],
+            "paintings_per_second": speed,
+            "seconds": time.perf_counter() - begun,
+        })
+        save_run(run, model, optimizer, scaler, settings)
+        print(f"{title}: training loss {loss:.3f}, validation loss "
+              f"{history[-1]['validation_loss']:.3f}, validation accuracy {accuracy:.2%}, "
+              f"{speed:,.1f} paintings/s, {history[-1]['seconds']:.0f} s")
+
+
+def main(argv=None):
+    """Run the script with the flags in `argv`, by default the command line's."""
+    parser = make_parser(__doc__, SETTINGS, __file__)
+    parser.add_argument("--fresh", action="store_true",
+                        help="start a new run; the files of the earlier one go into previous-1")
+    return run_script(train, parser, SETTINGS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
