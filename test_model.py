@@ -52,7 +52,7 @@ def score(logits, labels):
     recall = hits / np.maximum(given, 1)
     f1 = 2 * hits / np.maximum(given + named, 1)
     bins = (confidence * 15).ceil().long() - 1
-    gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, right - confidence)
+    gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, right.double() - confidence)
     top5 = logits.topk(min(5, classes)).indices == labels[:, None]
     return {
         "accuracy": right.double().mean().item(),
