@@ -147,8 +147,8 @@ def classify(model, class_names, image_size, precision, names):
             logits = model(images)
         best = logits[0].double().softmax(0).topk(min(5, len(class_names)))
         pairs = zip(best.values.tolist(), best.indices.tolist())
-        print(f"{shown(file)}: "
-              + ", ".join(f"{shown(class_names[label])} {share:.1%}" for share, label in pairs))
+        named = [f"{shown(class_names[label])} {100 * share:.1f} %" for share, label in pairs]
+        print(f"{shown(file)}: {', '.join(named)}")
     if failed or not files:
         raise ValueError(f"{failed} of {len(files)} pictures could not be read")
 
@@ -208,7 +208,8 @@ def judge(settings):
         print(f"yardstick, {name}: {share:.2%}")
     if len(class_names) > 5:
         print(f"top-5 accuracy: {scores['top5']:.2%}")
-    print(f"{len(listed) - len(paths):,} of {len(listed):,} test paintings are missing or bad")
+    missing = len(listed) - len(paths)
+    print(f"{missing:,} of {len(listed):,} test paintings are missing or cannot be read")
     right = int(scores["confusion"].trace())
     print(f"Test accuracy: {100 * right / len(paths):.2f} % "
           f"({right:,} of {len(paths):,} paintings)")

@@ -97,7 +97,7 @@ PARTS = ("train", "validation", "test")
 ARTGAN = "https://github.com/cs-chan/ArtGAN, folder 'WikiArt Dataset'"
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # never EPS, which starts Ghostscript
 SMALL_SIDE = 320  # short side of a small copy in pixels
 CENTRAL = 7 / 8  # share of the short side that evaluation looks at
 MAX_PIXELS = 100_000_000  # largest picture; baseline JPEGs, which decode to less, may be larger
@@ -397,7 +397,7 @@ def draw_split(labels, group_of, shares, seed):
     machine: neither the order of the labels nor Python's hash() matters.
 
     Rare classes and large groups come first, as in iterative stratification (Sechidis et al.
-    2011); each group goes where its paintings fill most of the share that is still lacking.
+    2011); each group goes to the part that lacks the largest share of its paintings.
     """
     sizes, wanted = Counter(labels.values()), {}
     for label, size in sizes.items():
@@ -414,15 +414,15 @@ def draw_split(labels, group_of, shares, seed):
         draw = hashlib.blake2b(f"{seed} {group}".encode("utf-8", "surrogateescape")).digest()
         return rarest, -len(members[group]), draw
 
-    def distance(part, counts):
-        """Return how much these paintings change the part's squared distance from its shares."""
-        return sum(count * (count - 2 * lacking[part, label]) / max(wanted[part, label], 0.5) ** 2
-                   for label, count in counts.items())
+    def lack(part, counts):
+        """Return the share of its paintings that the part lacks when half the group is placed."""
+        return sum(count / sizes[label] * (lacking[part, label] - count / 2)
+                   / max(wanted[part, label], 0.5) for label, count in counts.items())
 
     split, lacking = {part: [] for part in shares}, Counter(wanted)
     for group in sorted(members, key=rank):
         counts = Counter(labels[path] for path in members[group])
-        part = min(shares, key=lambda part: distance(part, counts))  # noqa: B023
+        part = max(shares, key=lambda part: lack(part, counts))  # noqa: B023
         split[part] += members[group]
         lacking.subtract({(part, label): count for label, count in counts.items()})
     return {part: sorted(paths) for part, paths in split.items()}
@@ -763,10 +763,13 @@ def write_whole(path, content, changed=None):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):  # torch.save hides an OSError behind a RuntimeError
+            raise
+        raise OSError(f"cannot write {shown(path)}: {reason.strerror or reason}") from error
 
 
 def write_table(path, rows):

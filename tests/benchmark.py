@@ -1,0 +1,316 @@
+"""Measure preparing, training, evaluation and the start, beside a plain script and a ceiling.
+
+    python tests/benchmark.py                    painted pictures of 800 x 640 pixels
+    python tests/benchmark.py --folder wikiart   pictures of one's own, FOLDER/<Style>/<name>.jpg
+
+Three rows, each in a process of its own, take turns for several rounds; medians are shown.
+
+plain script   what one would write first: originals decoded anew each epoch, float32
+this project   train_model's epochs after the frozen one, in which everything trains
+ceiling        the same steps on one batch that is on the device already: nothing is loaded
+
+It takes less than two minutes on two cores, needs Linux, and leaves nothing behind.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import itertools
+import multiprocessing
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageDraw
+from PIL.JpegImagePlugin import JpegImageFile
+from torch import nn
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_model
+
+CLASSES, WIKIART = 27, 81_446  # WikiArt's styles and paintings
+new_process = functools.partial(  # spawned, since CUDA does not outlive a fork
+    ProcessPoolExecutor, max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+passes = {}  # in the process of a row: {"training": function, "evaluation": function}
+
+
+def paint(path, size):
+    """Write a JPEG of gradients, shapes and grain, about as large as one of a painting."""
+    rng = np.random.default_rng(int(path.stem))
+    hues = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(hues).resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for shape in [draw.ellipse, draw.rectangle, draw.line] * 5:
+        corners = np.sort(rng.integers(0, size, (2, 2)), axis=0).ravel().tolist()
+        shape(corners, fill=tuple(rng.integers(0, 256, 3).tolist()), width=3)
+    grain = 11 * rng.standard_normal((*size[::-1], 3), dtype=np.float32)
+    Image.fromarray((image + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def gather(folder, count, own=None, size=(800, 640)):
+    """Fill a folder with painted originals, or with links to evenly chosen pictures of `own`.
+
+    All names end in .jpg, for ImageFolder passes over other endings that train_model knows.
+    """
+    found = list(train_model.list_pictures(own)) if own else range(count)
+    files = [folder / f"style-{number % 4}" / f"{number}.jpg"
+             for number in range(min(count, len(found)))]
+    for number, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if own:
+            file.symlink_to((own / found[number * len(found) // len(files)]).resolve())
+    if not own:
+        with ThreadPool(train_model.cores()) as pool:
+            pool.map(functools.partial(paint, size=size), files)
+    return len(files)
+
+
+# -------------------------------------------------------------------------------------------- rows
+
+
+def plain_script(options):
+    """Return passes of training and evaluation over the originals, as an ordinary script has."""
+    from torchvision import datasets, transforms  # train_model sees to it that this imports
+
+    device, size = torch.device(options.device), options.image_size
+    mean, std = train_model.IMAGENET_MEAN, train_model.IMAGENET_STD
+    tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    varied = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    central = [transforms.Resize(size), transforms.CenterCrop(size)]
+    train_loader, test_loader = (
+        DataLoader(datasets.ImageFolder(options.originals, transforms.Compose(steps + tensor)),
+                   options.batch_size, shuffle=steps is varied, num_workers=options.workers,
+                   pin_memory=device.type == "cuda",
+                   persistent_workers=options.workers > 0)  # to start them weighs in short epochs
+        for steps in (varied, central))
+    model = train_model.ArtClassifier(CLASSES).to(device)
+    model.features.mean.zero_()  # the transforms normalize
+    model.features.std.fill_(1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+
+    def train(steps):
+        model.train()
+        total = 0
+        for images, labels in itertools.islice(train_loader, steps):
+            images, labels = images.to(device), labels.to(device)
+            loss = nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+
+    @torch.no_grad()
+    def evaluate(steps):
+        model.eval()
+        right = 0
+        for images, labels in itertools.islice(test_loader, steps):
+            right += (model(images.to(device)).argmax(1) == labels.to(device)).sum().item()
+
+    return train, evaluate
+
+
+def this_project(options, in_memory=False):
+    """Return passes by train_model's functions, over small copies or one batch in memory."""
+    device, precision = train_model.choose_device()
+    model = train_model.to_device(train_model.ArtClassifier(CLASSES, dropout=0.3), device)
+    optimizer = train_model.make_optimizer(model, 1e-5, 1, 0.05)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+    paths = list(train_model.list_pictures(options.originals))
+    labels = [number % CLASSES for number in range(len(paths))]
+    paintings = train_model.Paintings(options.small_dir, paths, labels, options.image_size)
+    batches, epochs = train_model.Batches(options.batch_size), itertools.count(1)
+    workers = 0 if in_memory else options.workers
+    loader = train_model.make_loader(paintings, batches, workers, device)
+    if in_memory:
+        batches.keep_order(range(options.batch_size))
+        batch = [part.to(device) for part in next(iter(loader))]
+        nothing = defaultdict(int)  # a data set without work; all keys of a batch become `batch`
+        loader = DataLoader(nothing, batch_sampler=batches, collate_fn=lambda _: batch)
+
+    def train(steps):
+        batches.shuffle(range(steps * options.batch_size), next(epochs))
+        model.start_training(frozen=False)
+        train_model.train_epoch(model, loader, optimizer, scaler, precision, [1.0] * steps, "")
+
+    def evaluate(steps):
+        batches.keep_order(range(steps * options.batch_size))
+        train_model.evaluate(model, loader, precision, "")
+
+    return train, evaluate
+
+
+ROWS = {"plain script": plain_script, "this project": this_project,
+        "ceiling": functools.partial(this_project, in_memory=True)}
+
+
+def set_up(row, steps, options):
+    """Build the passes of a row in its process, and warm them up."""
+    passes.update(zip(("training", "evaluation"), ROWS[row](options)))
+    for kind in passes:
+        measure(kind, min(2, steps), options)
+
+
+def measure(kind, steps, options):
+    """Return the paintings per second of a pass of so many steps."""
+    wait = torch.cuda.synchronize if options.device == "cuda" else int
+    wait()
+    begun = time.perf_counter()
+    passes[kind](steps)
+    wait()
+    return steps * options.batch_size / (time.perf_counter() - begun)
+
+
+def peaks():
+    """Return the MB that this process, without its loaders, has held at most: RAM and GPU."""
+    status = Path("/proc/self/status").read_text()  # getrusage() would count the parent's too
+    ram = int(status.partition("VmHWM:")[2].split()[0])
+    return ram / 1024, torch.cuda.max_memory_allocated() / 2**20
+
+
+def take_turns(options):
+    """Return {(row, kind): [paintings per second]}, a value a round, and {row: peaks}."""
+    steps = options.pictures // options.batch_size  # whole batches, so that all steps are alike
+    with contextlib.ExitStack() as stack:
+        pools = {row: stack.enter_context(new_process()) for row in ROWS}
+        for row, pool in pools.items():
+            pool.submit(set_up, row, steps, options).result()
+        rates = {(row, kind): [] for kind in ("training", "evaluation") for row in ROWS}
+        for row, kind in [*rates] * options.rounds:
+            rates[row, kind].append(pools[row].submit(measure, kind, steps, options).result())
+        return rates, {row: pool.submit(peaks).result() for row, pool in pools.items()}
+
+
+# ----------------------------------------------------------------------------- preparing and start
+
+
+def measure_preparing(folder, rounds):
+    """Return the rates of prepare() on the originals, on large ones, and on those without draft.
+
+    It leaves the small copies of the originals in small-0.
+    """
+    gather(folder / "large", 16 * train_model.cores(), size=(1600, 1280))
+    draft, rates = JpegImageFile.draft, []
+    ways = [("originals", draft), ("large", draft), ("large", lambda *_: None)]
+    for name, JpegImageFile.draft in ways * rounds:
+        found, small_dir = train_model.list_pictures(folder / name), folder / f"small-{len(rates)}"
+        begun = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            if bad := train_model.prepare(found, folder / name, small_dir):
+                raise ValueError(f"pictures cannot be used: {bad}")
+        rates.append(len(found) / (time.perf_counter() - begun))
+    return [median(rates[way::len(ways)]) for way in range(len(ways))]
+
+
+def link_wikiart(folder):
+    """Make as many originals and small copies as WikiArt has, all links to a file a style."""
+    for style in range(CLASSES):  # file systems allow some 65,000 links to one file
+        places = [folder / kind / f"style-{style}" for kind in ("data", "small")]
+        for place in places:
+            place.mkdir(parents=True)
+        paint(folder / f"{style}.jpg", (320, 320))
+        for number, place in itertools.product(range(style, WIKIART, CLASSES), places):
+            os.link(folder / f"{style}.jpg", place / f"artist-{number % 1119}_title-{number}.jpg")
+
+
+def measure_start(folder):
+    """Return the seconds and MB that EPOCHS = 0 takes over the imports alone."""
+    before, begun = peaks()[0], time.perf_counter()
+    flags = [f"--{name}-dir={folder / name}" for name in ("data", "small", "output", "lists")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if train_model.main(["--epochs=0", *flags]):
+            raise RuntimeError("EPOCHS = 0 failed")
+    return time.perf_counter() - begun, peaks()[0] - before
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def read_flags():
+    """Return the flags, with what depends on the device filled in."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[CUDA where it is there]")
+    parser.add_argument("--folder", type=Path, help="pictures of one's own, in folders")
+    parser.add_argument("--pictures", type=int, help="how many [48 on a CPU, 4096 on CUDA]")
+    parser.add_argument("--batch-size", type=int, help="[16 on a CPU, 64 on CUDA]")
+    parser.add_argument("--image-size", type=int, default=224, help="[224]")
+    parser.add_argument("--rounds", type=int, default=3, help="[3]")
+    parser.add_argument("--workers", type=int, default=train_model.cores(), help="[one a core]")
+    parser.add_argument("--skip-start", action="store_true", help="leave the 81,446 files out")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for choose_device(), in the rows too
+    device, options.precision = train_model.choose_device()
+    if options.device not in (None, device.type):
+        parser.error("there is no CUDA here")
+    options.device = device.type
+    pictures, batch_size = (4096, 64) if device.type == "cuda" else (48, 16)
+    options.pictures = options.pictures or pictures
+    options.batch_size = options.batch_size or batch_size
+    return options
+
+
+def print_header(options):
+    """Print what the numbers depend on."""
+    cpu = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else "no GPU"
+    print(f"{date.today()}  python {shlex.join(sys.argv)}")
+    print(f"{cpu.strip()[2:] or 'CPU'}, {train_model.cores()} cores, {gpu}; this project in "
+          f"{options.precision or torch.float32}")
+    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision "
+          f"{train_model.torchvision.__version__}, Pillow {PIL.__version__}")
+    print(f"{options.pictures} pictures, image size {options.image_size}, batch size "
+          f"{options.batch_size}, {options.workers} loaders, {options.rounds} rounds, "
+          f"{os.getloadavg()[0]:.1f} processes at work before\n")
+
+
+def print_table(rates, memory, preparing):
+    """Print the rows, and the project's rates as shares of the others' (median, least, most)."""
+    print("paintings/s    preparing  training  evaluation   peak RAM   peak GPU")
+    for row, (ram, gpu) in memory.items():
+        print(f"{row:12} {f'{preparing:.1f}' if row == 'this project' else '-':>11}"
+              f"{median(rates[row, 'training']):10.1f}{median(rates[row, 'evaluation']):12.1f}"
+              f"{ram:8.0f} MB" + (f"{gpu:8.0f} MB" if gpu else f"{'-':>11}"))
+    for (row, kind), theirs in rates.items():
+        if row != "this project":
+            shares = [ours / other for ours, other in zip(rates["this project", kind], theirs)]
+            print(f"{f'{kind}, this project / {row}:':42}{median(shares):.3f}  "
+                  f"({min(shares):.3f} to {max(shares):.3f})")
+
+
+def main():
+    """Measure, and print the table."""
+    options = read_flags()
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        folder = Path(name)
+        options.originals, options.small_dir = folder / "originals", folder / "small-0"
+        options.pictures = gather(options.originals, options.pictures, options.folder)
+        options.batch_size = min(options.batch_size, options.pictures)
+        print_header(options)
+        with new_process() as pool:
+            preparing, large, whole = pool.submit(
+                measure_preparing, folder, options.rounds).result()
+        print_table(*take_turns(options), preparing)
+        print(f"preparing 1600 x 1280: {large:.1f}/s, with every pixel decoded {whole:.1f}/s")
+        if not options.skip_start:
+            link_wikiart(folder)
+            with new_process() as pool:
+                seconds, megabytes = pool.submit(measure_start, folder).result()
+            print(f"start with {WIKIART:,} small copies ready: {seconds:.2f} s and "
+                  f"{megabytes:.0f} MB over the imports")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Checkpoints: written whole, loaded safely, and gone on from exactly."""
+
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import test_model
+import train_model as tm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """Return a copy of the finished run's OUTPUT_DIR and the flags that use it."""
+    shutil.copytree(finished.out, tmp_path / "out")
+    return tmp_path / "out", [*finished.flags, "--output-dir", str(tmp_path / "out")]
+
+
+def same(one, other, path=""):
+    """Fail unless two nested values are equal, tensors bit for bit."""
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for place, pair in enumerate(zip(one, other)):
+            same(*pair, f"{path}/{place}")
+    elif torch.is_tensor(one):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other or path.rpartition("/")[2] in TIMES, path
+
+
+TIMES = ("seconds", "paintings_per_second")
+
+
+def check_same_runs(one, other):
+    """Fail unless two OUTPUT_DIRs hold the same run, times aside."""
+    for name in ("model_last.pth", "model_best.pth"):
+        same(tm.load_checkpoint(one / name), tm.load_checkpoint(other / name), name)
+    assert (one / "class_names.txt").read_bytes() == (other / "class_names.txt").read_bytes()
+    columns = [[line.split(",")[:5] for line in (out / "history.csv").read_text().splitlines()]
+               for out in (one, other)]
+    assert columns[0] == columns[1]
+
+
+# --------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("workers", ["0", "1", "3"])
+def test_a_continued_run_is_the_run_never_stopped(finished, tmp_path, capsys, workers):
+    """Stopped in the middle of epoch 2 and continued, also with other workers: bit for bit."""
+    flags = [*finished.flags, "--output-dir", str(tmp_path), "--epochs", "2"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        real, calls = tm.sum_losses, []
+        patch.setattr(tm, "sum_losses",
+                      lambda *given: stop() if calls else calls.append(1) or real(*given))
+        assert tm.main([*flags, "--workers", "1"]) == 130
+    assert "stopped: epoch 1 of 2 is saved in" in capsys.readouterr().err
+    assert tm.load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 1
+    assert tm.main([*flags, "--workers", workers]) == 0
+    check_same_runs(finished.out, tmp_path)
+
+
+def test_a_kill_between_the_two_checkpoints_is_made_good(finished, copied):
+    out, flags = copied
+    best = tm.load_checkpoint(out / "model_best.pth")
+    last = tm.load_checkpoint(out / "model_last.pth")
+    if best["epoch"] != last["epoch"]:
+        last["history"][-1]["validation_accuracy"] = 1.0  # make the last epoch the best
+        torch.save(last, out / "model_last.pth")
+    (out / "model_best.pth").unlink()
+    (out / "history.csv").unlink()
+    assert tm.main([*flags, "--epochs", "2"]) == 0
+    assert tm.load_checkpoint(out / "model_best.pth")["epoch"] == 2
+    same(tm.load_checkpoint(out / "model_best.pth")["model"], last["model"])
+    assert (out / "history.csv").exists()
+
+
+def test_other_settings_are_refused_by_name(copied, capsys):
+    out, flags = copied
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert tm.main([*flags, "--epochs", "3", "--seed", "5", "--learning-rate", "0.5"]) == 1
+    error = capsys.readouterr().err
+    assert "SEED: then 0, now 5" in error and "LEARNING_RATE: then 0.001, now 0.5" in error
+    assert "--fresh" in error and "EPOCHS" not in error
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_other_classes_are_refused(copied, capsys, finished, tmp_path):
+    out, flags = copied
+    shutil.copytree(finished.folder / "wikiart", tmp_path / "wikiart")
+    shutil.copytree(tmp_path / "wikiart/Cubism", tmp_path / "wikiart/Realism")
+    flags += ["--data-dir", str(tmp_path / "wikiart"), "--small-dir", str(tmp_path / "small")]
+    assert tm.main([*flags, "--epochs", "3"]) == 1
+    assert "the class names: then" in capsys.readouterr().err
+
+
+def test_new_and_gone_paintings_are_said(copied, capsys, finished, tmp_path):
+    out, flags = copied
+    shutil.copytree(finished.folder / "wikiart", tmp_path / "wikiart")
+    split = tm.load_checkpoint(out / "model_last.pth")["split"]
+    gone = next(iter(split["train"]))
+    (tmp_path / "wikiart" / gone).rename(tmp_path / "wikiart/Cubism/new_one.jpg")
+    flags += ["--data-dir", str(tmp_path / "wikiart"), "--small-dir", str(tmp_path / "small")]
+    assert tm.main([*flags, "--epochs", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert f"1 paintings of the run are gone: {gone}" in printed
+    assert "1 paintings are new since the run began and not used: Cubism/new_one.jpg" in printed
+    assert "split: 29 train, 5 validation, 5 test" in printed
+
+
+def test_fresh_moves_the_earlier_run_aside(copied, capsys):
+    out, flags = copied
+    old = (out / "model_last.pth").read_bytes()
+    for number in (1, 2):
+        assert tm.main([*flags, "--epochs", "1", "--fresh"]) == 0
+        assert f"the earlier run is now in {out}/previous-{number}" in capsys.readouterr().out
+    assert (out / "previous-1/model_last.pth").read_bytes() == old
+    assert (out / "previous-2/model_best.pth").exists()
+    assert tm.load_checkpoint(out / "model_last.pth")["epoch"] == 1
+
+
+def test_a_best_checkpoint_alone_is_not_overwritten(copied, capsys):
+    out, flags = copied
+    (out / "model_last.pth").unlink()
+    best = (out / "model_best.pth").read_bytes()
+    assert tm.main([*flags, "--epochs", "3"]) == 1
+    assert "without model_last.pth" in capsys.readouterr().err
+    assert (out / "model_best.pth").read_bytes() == best
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+def test_a_failed_write_leaves_the_older_file(tmp_path):
+    path = tmp_path / "file"
+    tm.write_whole(path, b"old")
+
+    def fail(file):
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=f"cannot write {path}: No space left"):
+        tm.write_whole(path, fail)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(copied):
+    """A limit on the size of files stops the next checkpoint; the older one stays whole."""
+    out, flags = copied
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code = ("import resource, signal, sys, train_model as tm\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000_000, 50_000_000))\n"
+            f"sys.exit(tm.main({[*flags, '--epochs', '3']!r}))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: cannot write {out}/model_last.pth: File too large"), run.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+class Hostile:
+    """A pickle that would make a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def damage(path, kind):
+    """Make a checkpoint one that must be refused."""
+    content = path.read_bytes()
+    checkpoint = tm.load_checkpoint(path)
+    weights = checkpoint["model"]
+    if kind == "cut":
+        path.write_bytes(content[: len(content) * 6 // 10])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("this is no checkpoint")
+    elif kind == "flipped":
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda record: record.file_size)
+        place = largest.header_offset + largest.file_size // 2
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    elif kind == "hostile":
+        torch.save({**checkpoint, "extra": Hostile(path.with_name("ran"))}, path)
+    elif kind == "hostile pickle":
+        path.write_bytes(pickle.dumps(Hostile(path.with_name("ran"))))
+    elif kind == "whole model":
+        torch.save(torch.nn.Linear(2, 2), path)
+    elif kind == "plain tensors":
+        torch.save(weights, path)
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "format":
+        torch.save({**checkpoint, "format": 99}, path)
+    elif kind == "missing tensor":
+        weights.pop("linear.bias")
+    elif kind == "extra tensor":
+        weights["linear.more"] = torch.zeros(1)
+    elif kind == "shape":
+        weights["linear.bias"] = torch.zeros(99)
+    elif kind == "nan":
+        weights["linear.bias"][0] = torch.nan
+    if kind in ("missing tensor", "extra tensor", "shape", "nan"):
+        torch.save(checkpoint, path)
+
+
+REASONS = {
+    "cut": "cut off", "empty": "cut off", "text": "cut off, or nothing that torch.save",
+    "flipped": "damaged .the checksum", "hostile": "could run code", "hostile pickle": "refused",
+    "whole model": "could run code", "plain tensors": "did not write it",
+    "list": "did not write it", "format": "format is 99",
+    "missing tensor": "linear.bias", "extra tensor": "linear.more",
+    "shape": "linear.bias", "nan": "linear.bias",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_foreign_checkpoints_are_refused(copied, capsys, kind):
+    out, flags = copied
+    for script, name in ((tm, "model_last.pth"), (test_model, "model_best.pth")):
+        damage(out / name, kind)
+        before = (out / name).read_bytes()
+        places = flags if script is tm else flags[:2] + flags[4:6] + ["--output-dir", str(out)]
+        more = ["--epochs", "3"] if script is tm else []
+        assert script.main([*places, *more]) == 1
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"error: {out}/{name} is refused") and "\n" not in error
+        assert re.search(REASONS[kind], error), error
+        assert "weights_only" not in error
+        assert (out / name).read_bytes() == before
+    assert not (out / "ran").exists()

@@ -1,0 +1,268 @@
+"""Testing: metrics against scikit-learn, predictions, outliers, one's own pictures."""
+
+import csv
+import re
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import sklearn.metrics as sk
+import torch
+from PIL import Image
+
+import test_model
+import train_model as tm
+from tests.conftest import QUICK, folders
+from tests.paintings import paint_artgan
+
+
+def cases():
+    """Yield (name, logits, labels): random ones and degenerate ones."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 9, (300,), generator=random)
+    logits = 2 * torch.randn(300, 9, generator=random)
+    logits[range(300), labels] += 1.5
+    yield "random", logits, labels
+    yield "two classes", logits[:, :2], labels % 2
+    yield "a class absent from the list", logits, labels.clamp(max=6)
+    yield "one painting", logits[:1], labels[:1]
+    sure = 20 * torch.nn.functional.one_hot(labels, 9) + logits / 100
+    yield "all right", sure, labels
+    yield "all wrong", sure, (labels + 1) % 9
+    yield "one class alone", logits[:40], torch.full((40,), 3)
+    yield "certain", 100 * sure, labels
+
+
+@pytest.mark.parametrize("logits,labels", [case[1:] for case in cases()],
+                         ids=[case[0] for case in cases()])
+def test_scores_are_those_of_scikit_learn(logits, labels):
+    scores, predicted = test_model.score(logits, labels), logits.argmax(1).numpy()
+    classes, truth = range(logits.shape[1]), labels.numpy()
+    assert scores["accuracy"] == pytest.approx(sk.accuracy_score(truth, predicted))
+    assert scores["macro_f1"] == pytest.approx(
+        sk.f1_score(truth, predicted, average="macro", zero_division=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that are predicted but not in the list
+        assert scores["balanced_accuracy"] == pytest.approx(
+            sk.balanced_accuracy_score(truth, predicted))
+    expected = sk.precision_recall_fscore_support(truth, predicted, labels=list(classes),
+                                                  zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "count"), expected):
+        assert scores[name] == pytest.approx(values), name
+    assert (scores["confusion"] == sk.confusion_matrix(truth, predicted, labels=classes)).all()
+    if len(classes) > 5:
+        assert scores["top5"] == pytest.approx(
+            sk.top_k_accuracy_score(truth, logits.numpy(), k=5, labels=list(classes)))
+    assert scores["calibration_error"] == pytest.approx(calibration_error(logits, truth), abs=1e-9)
+    low, high = scores["interval"]
+    assert 0 <= low <= scores["accuracy"] <= high <= 1
+
+
+def calibration_error(logits, truth):
+    """Return the expected calibration error bin by bin, as its definition reads."""
+    probabilities = logits.double().softmax(1).numpy()
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == truth
+    total = 0
+    for place in range(15):
+        inside = (confidence > place / 15) & (confidence <= (place + 1) / 15)
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return total
+
+
+def test_the_interval_is_wilsons():
+    assert test_model.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert test_model.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert test_model.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+
+
+def test_the_yardsticks():
+    split = {"train": {"A/x_1.jpg": 0, "A/x_2.jpg": 0, "B/x_3.jpg": 1, "B/y_1.jpg": 1},
+             "validation": {"B/y_2.jpg": 1}, "test": {}}
+    artists = tm.commonest_classes(split)
+    assert artists == {"x": 0, "y": 1, "": 1}
+    paths = ["A/x_9.jpg", "B/x_8.jpg", "B/y_7.jpg", "A/unknown_6.jpg", "B/other_5.jpg"]
+    guesses = test_model.yardsticks(paths, [0, 1, 1, 0, 1], artists)
+    assert list(guesses.values()) == pytest.approx([3 / 5, 3 / 5])
+
+
+@pytest.mark.parametrize("attribute,share", [("style", 81.0), ("genre", 58.7)])
+def test_the_artists_name_guesses_artgans_classes(shared, attribute, share):
+    _, listed = tm.read_lists(shared / "artgan_lists/zip", attribute)
+    artists = tm.commonest_classes({"train": listed["train"], "validation": {}})
+    paths, labels = zip(*listed["test"].items())
+    guess = test_model.yardsticks(paths, list(labels), artists)["the artist's commonest class"]
+    assert 100 * guess == pytest.approx(share, abs=0.06)
+
+
+# ------------------------------------------------------------------------------ the files it writes
+
+
+@pytest.fixture(scope="module")
+def tested(finished, tmp_path_factory):
+    """Return a tested copy of the finished run: its OUTPUT_DIR, flags, and rows of both tables."""
+    out = tmp_path_factory.mktemp("tested")
+    shutil.copy(finished.out / "model_best.pth", out)
+    places = folders(finished.folder)
+    flags = [*places[:2], *places[4:6], "--output-dir", str(out)]
+    assert test_model.main([*flags, "--workers", "0"]) == 0
+    return out, flags, read(out / "predictions.csv"), read(out / "outliers.csv")
+
+
+def read(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_are_those_of_a_forward_pass(finished, tested):
+    """Rebuilt here from the checkpoint and the small copies alone, one painting at a time."""
+    out, _, predictions, _ = tested
+    checkpoint = torch.load(out / "model_best.pth", weights_only=True)
+    model = tm.ArtClassifier(5)
+    model.load_state_dict(checkpoint["model"])
+    names = checkpoint["class_names"]
+    device, precision = tm.choose_device()
+    tm.to_device(model, device).eval()
+    assert [row["path"] for row in predictions] == list(checkpoint["test"])
+    for row in predictions:
+        with Image.open(finished.folder / "small" / row["path"]) as image:
+            pixels = torch.from_numpy(np.array(tm.centre(image, 64)))[None]
+        with torch.no_grad(), torch.autocast(device.type, precision, precision is not None):
+            share = model(tm.to_images(pixels, device))[0].softmax(0)
+        given = names.index(row["class"])
+        assert row["class"] == finished.painted[row["path"]]
+        assert row["predicted"] == names[share.argmax()]
+        assert float(row["probability"]) == pytest.approx(share.max().item(), abs=5e-3)
+        assert float(row["class_probability"]) == pytest.approx(share[given].item(), abs=5e-3)
+        assert int(row["class_rank"]) == 1 + int((share > share[given]).sum())
+
+
+def test_numbers_do_not_depend_on_batches_or_workers(tested, tmp_path):
+    out, flags, predictions, _ = tested
+    for batch, workers in ((1, 0), (2, 2), (64, 1)):
+        shutil.copy(out / "model_best.pth", tmp_path)
+        more = ["--batch-size", str(batch), "--workers", str(workers)]
+        assert test_model.main([*flags, *more, "--output-dir", str(tmp_path)]) == 0
+        rows = read(tmp_path / "predictions.csv")
+        for row, other in zip(predictions, rows, strict=True):
+            assert (row["path"], row["predicted"]) == (other["path"], other["predicted"])
+            assert float(row["probability"]) == pytest.approx(float(other["probability"]), abs=5e-3)
+
+
+def test_outliers_are_ranked_within_each_class(tested):
+    out, _, predictions, outliers = tested
+    names = torch.load(out / "model_best.pth", weights_only=True)["class_names"]
+    assert list(outliers[0]) == ["path", "class", "fits_better", "margin", "class_probability"]
+    assert sorted(row["path"] for row in outliers) == sorted(row["path"] for row in predictions)
+    order = [(names.index(row["class"]), -float(row["margin"])) for row in outliers]
+    assert order == sorted(order)
+    by_path = {row["path"]: row for row in predictions}
+    for row in outliers:
+        assert row["fits_better"] != row["class"]
+        doubted = by_path[row["path"]]["predicted"] != row["class"]
+        assert (float(row["margin"]) > 0) == doubted
+        if doubted:
+            assert row["fits_better"] == by_path[row["path"]]["predicted"]
+
+
+def test_each_class_has_its_outliers_up_to_the_setting():
+    rows = [{"class": "ab"[n % 2], "margin": float(n), "path": str(n)} for n in range(9)]
+    found = test_model.find_outliers(rows, ["a", "b", "c"], 2)
+    assert {name: [row["path"] for row in rows] for name, rows in found.items()} == {
+        "a": ["8", "6"], "b": ["7", "5"], "c": []}
+
+
+def test_planted_labels_are_found(tmp_path):
+    """5 % of the labels of painted pictures are flipped; the margin finds them again."""
+    names = ["Color_Field_Painting", "Cubism", "Impressionism", "Pointillism", "Ukiyo_e"]
+    painted = paint_artgan(tmp_path / "wikiart", each=60, size=(100, 80))
+    paths = sorted(painted)
+    labels = np.array([names.index(painted[path]) for path in paths])
+    random = np.random.default_rng(1)
+    flipped = np.zeros(len(paths), bool)
+    flipped[random.choice(len(paths), len(paths) // 20, replace=False)] = True
+    given = np.where(flipped, (labels + random.integers(1, 5, len(paths))) % 5, labels)
+
+    features = []
+    for path in paths:  # colours and their contrast at 4 x 4 places: enough for painted styles
+        image = Image.open(tmp_path / "wikiart" / path).resize((64, 64))
+        cells = np.asarray(image, float).reshape(4, 16, 4, 16, 3).swapaxes(1, 2).reshape(16, -1, 3)
+        features.append(np.concatenate([cells.mean(1).ravel(), cells.std(1).ravel()]) / 64)
+    features = torch.tensor(np.array(features), dtype=torch.float32)
+    learned = torch.arange(len(paths)) % 2 == 0  # one half teaches, the other is judged; and back
+    margins, doubts = np.zeros(len(paths)), np.zeros(len(paths))
+    for half in (learned, ~learned):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(features.shape[1], 5)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+        for _ in range(300):
+            loss = torch.nn.functional.cross_entropy(model(features[half]),
+                                                     torch.tensor(given)[half])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        judged = (~half).numpy()
+        with torch.no_grad():
+            logits = model(features[~half])
+        rows = test_model.predict([paths[n] for n in np.flatnonzero(judged)], logits,
+                                  torch.tensor(given)[~half], names)
+        margins[judged] = [row["margin"] for row in rows]
+        doubts[judged] = [-row["probability"] for row in rows]
+    assert sk.roc_auc_score(flipped, margins) >= 0.95
+    worst = np.argsort(-margins)[: flipped.sum()]
+    assert flipped[worst].mean() >= 0.75
+    assert sk.roc_auc_score(flipped, doubts) < sk.roc_auc_score(flipped, margins)
+
+
+# ---------------------------------------------------------------------- another machine, own pictures
+
+
+def test_another_machine_needs_the_checkpoint_and_the_paintings(finished, tested, tmp_path, capsys):
+    """Only the test paintings are there, one under another spelling, one gone, one broken."""
+    out, _, predictions, _ = tested
+    shutil.copy(out / "model_best.pth", tmp_path)
+    paths = [row["path"] for row in predictions]
+    for path in paths:
+        (tmp_path / "wikiart" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(finished.folder / "wikiart" / path, tmp_path / "wikiart" / path)
+    (tmp_path / "wikiart" / paths[0]).unlink()
+    (tmp_path / "wikiart" / paths[1]).write_bytes(b"broken")
+    flags = [*folders(tmp_path)[:2], *folders(tmp_path)[4:6], "--output-dir", str(tmp_path)]
+    assert test_model.main([*flags, "--workers", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "2 of 5 test paintings are missing or cannot be read"
+    right = sum(row["class"] == row["predicted"] for row in predictions[2:])
+    assert re.fullmatch(rf"Test accuracy: .* % \({right} of 3 paintings\)", lines[-1])
+
+
+def test_ones_own_pictures(finished, tested, tmp_path, capsys):
+    out, flags, predictions, _ = tested
+    path = predictions[0]["path"]
+    original = finished.folder / "wikiart" / path
+    (tmp_path / "some/more").mkdir(parents=True)
+    Image.open(original).convert("RGBA").save(tmp_path / "some/more/x y.png")
+    (tmp_path / "some/notes.txt").write_text("passed over")
+    assert test_model.main([*flags, str(original), str(tmp_path / "some")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1].startswith(f"{tmp_path}/some/more/x y.png: ")
+    pairs = re.findall(r"(\w+) (\d+\.\d) %", lines[0].rpartition(": ")[2])
+    assert len(pairs) == 5 and pairs[0][0] == predictions[0]["predicted"]
+    assert float(pairs[0][1]) == pytest.approx(100 * float(predictions[0]["probability"]), abs=0.3)
+    assert sum(float(share) for _, share in pairs) == pytest.approx(100, abs=0.3)
+
+
+def test_a_bad_picture_does_not_stop_the_others(finished, tested, tmp_path, capsys):
+    _, flags, predictions, _ = tested
+    (tmp_path / "bad.jpg").write_text("text")
+    good = str(finished.folder / "wikiart" / predictions[0]["path"])
+    assert test_model.main([*flags, str(tmp_path / "bad.jpg"), good, "nowhere.jpg"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(good) and len(captured.out.splitlines()) == 1
+    assert f"{tmp_path}/bad.jpg: " in captured.err and "nowhere.jpg: " in captured.err
+    last = captured.err.strip().splitlines()[-1]
+    assert last == "error: 2 of 3 pictures could not be read"
+
+
+def test_quick_flags_are_those_of_the_script():
+    assert {flag[2:].replace("-", "_").upper() for flag in QUICK[::2]} <= tm.SETTINGS.keys()

@@ -1,0 +1,430 @@
+"""Finding, preparing, labelling and splitting the paintings."""
+
+import csv
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train_model as tm
+from tests.conftest import folders
+from tests.paintings import paint, paint_artgan, write_lists
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def jpeg(path, size=(400, 360), colour=(200, 30, 60), **options):
+    """Write a picture of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+def digest(folder):
+    """Return what a folder holds, file by file."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+# ---------------------------------------------------------------------------- finding and preparing
+
+
+def test_only_pictures_are_found(tmp_path):
+    wanted = ["A/x.jpg", "A/y.JPEG", "A/z.jfif", "B/w.png", "B/v.webp", "B/u é'  ü.jpg"]
+    passed_over = ["A/._x.jpg", "A/.DS_Store", "A/Thumbs.db", "A/notes.txt", ".cache/q.jpg",
+                   "A/.ipynb_checkpoints/x.jpg", "top.jpg"]
+    for name in wanted + passed_over:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "A" / "circle").symlink_to(tmp_path)
+    assert list(tm.list_pictures(tmp_path)) == sorted(wanted)
+
+
+def test_small_copies_follow_the_originals(tmp_path, capsys):
+    data, small = tmp_path / "wikiart", tmp_path / "small"
+    jpeg(data / "A/large.jpg", (800, 640))
+    jpeg(data / "A/upright.jpg", (500, 1000))
+    jpeg(data / "B/tiny.jpg", (50, 40))
+    jpeg(data / "B/other.png", (640, 640))
+    before = digest(data)
+
+    def prepare():
+        return tm.prepare(tm.list_pictures(data), data, small)
+
+    assert prepare() == {}
+    sizes = {path: Image.open(small / path).size for path in tm.list_pictures(small)}
+    assert sizes == {"A/large.jpg": (400, 320), "A/upright.jpg": (320, 640), "B/tiny.jpg": (50, 40),
+                     "B/other.png.jpg": (320, 320)}
+    assert "4 written, 0 were there" in capsys.readouterr().out
+    first = digest(small)
+    prepare()
+    assert "0 written, 4 were there" in capsys.readouterr().out
+    assert digest(small) == first and digest(data) == before
+
+    jpeg(data / "B/new.jpg")
+    jpeg(data / "A/large.jpg", (800, 640), (0, 0, 255))
+    os.utime(data / "A/large.jpg", (1, 1))
+    (data / "B/tiny.jpg").unlink()
+    prepare()
+    assert "2 written, 2 were there" in capsys.readouterr().out
+    assert Image.open(small / "A/large.jpg").getpixel((9, 9))[2] > 240
+    assert "B/tiny.jpg" not in tm.list_pictures(data)
+
+
+def test_names_of_small_copies_never_meet():
+    names = ["A/x.jpg", "A/x.JPG", "A/x.png", "A/x.png.jpg", "A/x.png.jpg.jpg", "A/x.jpg.jpg",
+             "A/x.jpeg", "A/x.jpeg.jpg", "A/x.1890.jpg", "A/x..jpg"]
+    assert len({tm.small_name(name) for name in names}) == len(names)
+    assert tm.small_name("A/x.1890.jpg") == "A/x.1890.jpg"
+
+
+def test_bad_pictures_are_listed_with_reasons(tmp_path):
+    data, small = tmp_path / "wikiart", tmp_path / "small"
+    jpeg(data / "A/good.jpg")
+    whole = (data / "A/good.jpg").read_bytes()
+    for share in (10, 50, 60, 90, 99):
+        (data / f"A/cut{share}.jpg").write_bytes(whole[: len(whole) * share // 100])
+    (data / "A/empty.jpg").write_bytes(b"")
+    (data / "A/text.jpg").write_text("no picture")
+    os.mkfifo(data / "A/pipe.jpg")
+    (data / "A/dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (data / "A/folder.jpg").mkdir()
+    found = tm.list_pictures(data)
+    bad = tm.prepare(found, data, small)
+    assert set(found) - set(bad) == {"A/good.jpg"} and len(found) == 11
+    assert all(reason and "\n" not in reason for reason in bad.values())
+    assert list(tm.list_pictures(small)) == ["A/good.jpg"]
+    assert not list(small.rglob("*.tmp"))
+
+
+RED, WHITE = (230, 20, 20), (255, 255, 255)
+
+
+def kinds():
+    """Yield (name, bytes of a picture, colour that its small copy must show)."""
+    red = Image.new("RGB", (64, 48), RED)
+    clear = Image.new("RGBA", (64, 48), (230, 20, 20, 0))
+    palette = Image.new("P", (64, 48), 1)
+    palette.putpalette([*WHITE, *RED])
+    wide = Image.fromarray(np.full((48, 64), 40_000, np.uint16))
+    for name, image, kind, options, colour in (
+        ("rgb", red, "JPEG", {}, RED),
+        ("progressive", red, "JPEG", {"progressive": True}, RED),
+        ("png", red, "PNG", {}, RED),
+        ("webp", red, "WEBP", {"lossless": True}, RED),
+        ("gif", red, "GIF", {}, RED),
+        ("bmp", red, "BMP", {}, RED),
+        ("cmyk", red.convert("CMYK"), "JPEG", {}, RED),
+        ("grey", red.convert("L"), "JPEG", {}, (83, 83, 83)),
+        ("grey alpha", Image.new("LA", (64, 48), (0, 0)), "PNG", {}, WHITE),
+        ("clear", clear, "PNG", {}, WHITE),
+        ("palette", palette, "PNG", {}, RED),
+        ("clear palette", palette, "PNG", {"transparency": 1}, WHITE),
+        ("one bit", Image.new("1", (64, 48), 1), "PNG", {}, WHITE),
+        ("16 bit", wide, "PNG", {}, (156, 156, 156)),
+    ):
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        yield name, file.getvalue(), colour
+
+
+@pytest.mark.parametrize("name,content,colour", list(kinds()),
+                         ids=[kind[0] for kind in kinds()])
+def test_every_mode_becomes_the_right_rgb(name, content, colour):
+    image = tm.decode(io.BytesIO(content), 32)
+    assert image.mode == "RGB" and image.size == (43, 32)
+    assert np.abs(np.asarray(image, int) - colour).max() <= 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(orientation):
+    upright = Image.new("RGB", (600, 400), (0, 0, 255))
+    upright.paste((255, 0, 0), (0, 0, 300, 200))  # red where top and left meet
+    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270}
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    stored.save(file, "JPEG", exif=exif)
+    image = tm.decode(file, 200)
+    assert image.size == (300, 200)
+    assert image.getpixel((40, 30))[0] > 200 > 60 > image.getpixel((260, 170))[0]
+
+
+@pytest.mark.parametrize("size", [(20_000, 15_000), (15_000, 1_100)])
+def test_huge_pictures_need_little_memory(tmp_path, size):
+    """A 300-megapixel JPEG and a long scroll are used, in 200 MB at most."""
+    Image.new("L", size, 90).save(tmp_path / "huge.jpg")
+    code = ("import resource, train_model as tm\n"
+            "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            f"before = rss(); image = tm.decode({str(tmp_path / 'huge.jpg')!r}, 320)\n"
+            "print(image.width, image.height, (rss() - before) // 1024)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    width, height, megabytes = map(int, run.stdout.split())
+    assert height == 320 and width == round(320 * size[0] / size[1])
+    assert megabytes <= 200
+
+
+def test_pictures_over_the_limit_are_refused(monkeypatch):
+    file = io.BytesIO()
+    Image.new("RGB", (100, 100)).save(file, "PNG")
+    monkeypatch.setattr(tm, "MAX_PIXELS", 9_999)
+    with pytest.raises(ValueError, match="100 x 100 is more than 9,999 pixels"):
+        tm.decode(file, 32)
+
+
+# -------------------------------------------------------------------------------------------- lists
+
+NAMES = ["Cubism/a-b_one-1900.jpg", "Cubism/a-b_two(1).jpg", "Baroque/c_d-e-s-1890.jpg"]
+
+
+def write_zip_form(folder):
+    write_lists(folder, "genre", ["portrait", "still life"], [(NAMES[0], 0), (NAMES[1], 1)],
+                [(NAMES[2], 1)])
+
+
+def write_repository_form(folder):
+    folder.mkdir()
+    head = "(Path to image),, (Groundtruth class) \n\n"
+    (folder / "genre_train").write_text(head + f"{NAMES[0]},,0\n{NAMES[1]},,1\n")
+    (folder / "genre_val").write_text(head + f"{NAMES[2]},,1\n")
+    (folder / "genre_class").write_text("0 portrait\n1 still life\n")
+
+
+@pytest.mark.parametrize("write", [write_zip_form, write_repository_form])
+def test_both_forms_of_lists_are_read(tmp_path, write):
+    write(tmp_path / "lists")
+    class_names, listed = tm.read_lists(tmp_path / "lists", "genre")
+    assert class_names == ["portrait", "still life"]
+    assert listed == {"test": {NAMES[2]: 1}, "train": {NAMES[0]: 0, NAMES[1]: 1}}
+
+
+def test_the_first_row_of_a_painting_counts(tmp_path, capsys):
+    write_lists(tmp_path, "genre", ["a", "b"], [("X/1.jpg", 0), ("X/2.jpg", 1), ("X/1.jpg", 1)],
+                [("X/3.jpg", 1), ("X/3.jpg", 0), ("X/2.jpg", 0)])
+    _, listed = tm.read_lists(tmp_path, "genre")
+    assert listed == {"test": {"X/3.jpg": 1, "X/2.jpg": 0}, "train": {"X/1.jpg": 0}}
+    assert "3 rows repeat a painting" in capsys.readouterr().out
+
+
+def test_styles_are_named_as_their_folders(tmp_path):
+    write_lists(tmp_path, "style", ["Art_Nouveau", "Cubism"],
+                [("Art_Nouveau_Modern/x.jpg", 0), ("Cubism/y.jpg", 1)], [("Cubism/z.jpg", 1)])
+    assert tm.read_lists(tmp_path, "style")[0] == ["Art_Nouveau_Modern", "Cubism"]
+
+
+def test_missing_paintings_are_counted_and_named(tmp_path, capsys):
+    write_zip_form(tmp_path)
+    found = {NAMES[0]: 1, NAMES[2]: 1, "Cubism/extra.jpg": 1}
+    names, labels, places, tested = tm.label_paintings(found, "genre", tmp_path, 1)
+    assert labels == {NAMES[0]: 0, NAMES[2]: 1} and tested == {NAMES[2]}
+    out = capsys.readouterr().out
+    assert f"1 listed paintings are not on disk: {NAMES[1]}" in out
+    assert "1 paintings have no genre: Cubism/extra.jpg" in out
+
+
+def test_artists_without_lists_need_enough_paintings():
+    found = dict.fromkeys([f"A/x-y_{n}.jpg" for n in range(3)] + [f"B/z_{n}.jpg" for n in range(2)]
+                          + ["B/x-y_9.jpg", "B/nobody.jpg", "C/q_1.jpg"], 1)
+    class_names, labels = tm.read_names(found, "artist", 2)
+    assert class_names == ["x-y", "z"] and len(labels) == 6 and labels["B/x-y_9.jpg"] == 0
+
+
+MOJIBAKE = ["Realism/joaquã\xadn-sorolla_mar-1900.jpg", "Realism/ilya-repin_el\xa0cid-ã©tude.jpg"]
+
+
+def decoded(name):
+    """Return a mojibake name as it was meant: UTF-8 that was read as Latin-1, in lower case."""
+    meant = "".join(c.upper() if c in "ãâ" else c for c in name)
+    return meant.encode("latin-1", "ignore").decode("utf-8", "ignore")
+
+
+def spellings(name):
+    """Return the spellings in which disks hold a listed name."""
+    folder, _, file = name.partition("/")
+    underscored = "".join(c if c.isascii() else "_" for c in file)
+    accented = folder + "/" + decoded(file)
+    return {"listed": name, "underscored": f"{folder}/{underscored}", "decoded": accented,
+            "NFD": unicodedata.normalize("NFD", accented)}
+
+
+@pytest.mark.parametrize("spelling", ["listed", "underscored", "decoded", "NFD"])
+def test_odd_names_are_found_in_every_spelling(spelling):
+    found = {spellings(name)[spelling]: 1 for name in MOJIBAKE} | {"Realism/plain_x-1.jpg": 1}
+    places = tm.match([*MOJIBAKE, "Realism/plain_x-1.jpg"], found)
+    assert places == {name: spellings(name)[spelling] for name in MOJIBAKE} | {
+        "Realism/plain_x-1.jpg": "Realism/plain_x-1.jpg"}
+
+
+def test_alike_names_are_never_confused():
+    listed = ["A/a_b-11.jpg", "A/a_b-1-1.jpg", "A/a_é.jpg", "A/a_è.jpg"]
+    assert tm.match(listed, {"A/a_b-11.jpg": 1, "A/a__.jpg": 1}) == {listed[0]: listed[0]}
+    assert tm.match(listed[1:2], {"A/a_b-11.jpg": 1}) == {}
+    assert tm.match(["A/a_é.jpg"], {"B/a_é.jpg": 1}) == {}
+
+
+def test_artgans_own_lists(shared, capsys):
+    rows = {"style": (57_025, 24_421, 27), "genre": (45_503, 19_491, 10),
+            "artist": (13_346, 5_706, 23)}
+    for attribute, (train, test, classes) in rows.items():
+        names, listed = tm.read_lists(shared / "artgan_lists/zip", attribute)
+        assert (len(listed["train"]), len(listed["test"]), len(names)) == (train, test, classes)
+    assert "Post_Impressionism/maurice-de-vlaminck_the-village.jpg" in capsys.readouterr().out
+    assert tm.read_lists(shared / "artgan_lists/git", "artist") == tm.read_lists(
+        shared / "artgan_lists/zip", "artist")
+
+
+@pytest.mark.parametrize("spelling", ["listed", "underscored", "decoded", "NFD"])
+def test_artgans_own_odd_names(shared, spelling):
+    _, listed = tm.read_lists(shared / "artgan_lists/zip", "style")
+    paths = listed["train"] | listed["test"]
+    odd = [path for path in paths if not path.isascii()]
+    assert len(odd) == 709
+    found = {spellings(path)[spelling] if path in odd else path: 1 for path in paths}
+    places = tm.match(paths, found)
+    lost = [path for path in paths if path not in places]
+    wrong = [path for path in odd if path in places and places[path] != spellings(path)[spelling]]
+    assert lost == [] and wrong == []
+
+
+def test_the_shipped_class_names_are_artgans_folders(shared):
+    names, _ = tm.read_lists(shared / "artgan_lists/zip", "style")
+    assert (ROOT / "class_names.txt").read_text().split("\n") == [*names, ""]
+
+
+# -------------------------------------------------------------------------------------------- split
+
+
+def parts_of(split):
+    """Return {path: part}, after a check that no path is in two parts."""
+    parts = {path: part for part, paintings in split.items() for path in paintings}
+    assert len(parts) == sum(map(len, split.values()))
+    return parts
+
+
+def many(sizes):
+    """Return {path: label} with so many paintings of each label."""
+    return {f"S{label}/artist-{n % 7}_no-{label}-{n}.jpg": label
+            for label, size in enumerate(sizes) for n in range(size)}
+
+
+def test_a_split_is_disjoint_complete_and_by_class():
+    labels = many([100, 40, 1000, 20, 10])
+    split = tm.split_paintings(labels, None, "painting", 0)
+    assert parts_of(split).keys() == labels.keys()
+    for label, size in enumerate([100, 40, 1000, 20, 10]):
+        counts = [sum(1 for other in split[part].values() if other == label) for part in tm.PARTS]
+        assert counts[1] == counts[2] == int(size * 0.15 + 0.5)
+
+
+@pytest.mark.parametrize("size,expected", [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)),
+                                           (4, (2, 1, 1))])
+def test_small_classes(size, expected):
+    split = tm.split_paintings(many([50, size]), None, "painting", 0)
+    assert tuple(sum(split[part].values()) for part in tm.PARTS) == expected
+
+
+@pytest.mark.parametrize("size,expected", [(1, (1, 0)), (2, (1, 1)), (3, (2, 1)), (20, (18, 2))])
+def test_small_classes_beside_a_given_test(size, expected):
+    labels = many([60, size])
+    tested = {path for path in labels if path.startswith("S0") and path.endswith("0.jpg")}
+    split = tm.split_paintings(labels, tested, "painting", 0)
+    assert set(split["test"]) == tested
+    assert (sum(split["train"].values()), sum(split["validation"].values())) == expected
+
+
+def test_twins_stay_together():
+    labels = many([200, 100])
+    twins = [f"S0/x_{n}.jpg" for n in range(40)]
+    labels |= dict.fromkeys(twins, 0) | {path.replace("S0", "S1"): 1 for path in twins}
+    parts = parts_of(tm.split_paintings(labels, None, "painting", 3))
+    assert all(parts[path] == parts[path.replace("S0", "S1")] for path in twins)
+    assert len({parts[path] for path in twins}) == 3
+
+
+def test_straddling_twins_of_given_lists_are_reported(capsys):
+    labels = many([30, 30]) | {"S0/twin_x.jpg": 0, "S1/twin_x.jpg": 1}
+    tm.split_paintings(labels, {"S1/twin_x.jpg", "S0/artist-0_no-0-0.jpg"}, "painting", 0)
+    assert "1 test paintings share their file name with one" in capsys.readouterr().out
+
+
+def test_artists_stay_together(tmp_path):
+    labels = {f"S{n % 3}/artist-{n % 41}_{n}.jpg": n % 3 for n in range(900)}
+    split = tm.split_paintings(labels, set(list(labels)[:50]), "artist", 0)
+    artists = [set(map(tm.artist, split[part])) for part in tm.PARTS]
+    assert not (artists[0] & artists[1] or artists[0] & artists[2] or artists[1] & artists[2])
+    assert abs(len(split["train"]) / 900 - 0.7) < 0.08
+    assert parts_of(split).keys() == labels.keys()
+
+
+def test_the_split_is_the_same_everywhere():
+    """Another process, another hash seed, another order of the paintings: the same split."""
+    labels = many([30, 20, 5])
+    code = ("import train_model as tm, hashlib\n"
+            f"labels = dict(reversed({list(labels.items())!r}))\n"
+            "split = tm.split_paintings(labels, None, 'painting', 5)\n"
+            "print(hashlib.sha256(repr(split).encode()).hexdigest())")
+    here = repr(tm.split_paintings(labels, None, "painting", 5))
+    for seed in ("1", "2"):
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                             env=os.environ | {"PYTHONHASHSEED": seed})
+        assert run.stdout.strip() == hashlib.sha256(here.encode()).hexdigest(), run.stderr
+    assert repr(tm.split_paintings(labels, None, "painting", 6)) != here
+
+
+def test_the_split_of_artgans_styles(shared):
+    """Validation is a tenth of ArtGAN's train in each class; its val is the test, whole."""
+    _, listed = tm.read_lists(shared / "artgan_lists/zip", "style")
+    labels = listed["test"] | listed["train"]
+    split = tm.split_paintings(labels, set(listed["test"]), "painting", 0)
+    assert split["test"] == dict(sorted(listed["test"].items()))
+    sizes, validation = Counter(listed["train"].values()), Counter(split["validation"].values())
+    for label, size in sizes.items():
+        assert abs(validation[label] - size / 10) <= 1.5
+    artists = tm.split_paintings(labels, set(), "artist", 0)
+    counts = [Counter(artists[part].values()) for part in tm.PARTS]
+    assert all(count[label] for count in counts for label in range(27))
+
+
+# ------------------------------------------------------------------------------------- exact counts
+
+
+def test_the_counts_of_a_whole_check(tmp_path, capsys):
+    painted = paint_artgan(tmp_path / "wikiart", each=10, size=(90, 70))
+    paths = sorted(painted)
+    rows = [(path, sorted(set(painted.values())).index(painted[path])) for path in paths]
+    (tmp_path / "wikiart" / paths[0]).write_bytes(b"broken")
+    (tmp_path / "wikiart" / paths[1]).unlink()
+    write_lists(tmp_path / "lists", "style", sorted(set(painted.values())),
+                [row for place, row in enumerate(rows) if place % 5],
+                [row for place, row in enumerate(rows) if not place % 5])
+    paint("Cubism", 1, (90, 70)).save(tmp_path / "wikiart/Cubism/unlisted_x.jpg")
+    assert tm.main([*folders(tmp_path), "--epochs", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "50 paintings in" in out
+    assert f"1 listed paintings are not on disk: {paths[1]}" in out
+    assert "1 paintings have no style: Cubism/unlisted_x.jpg" in out
+    assert "small copies: 49 written, 0 were there already" in out
+    assert f"1 paintings cannot be used: {paths[0]}" in out
+    assert "split: 34 train, 5 validation, 9 test paintings in 5 classes" in out
+    lines = (tmp_path / "out/bad_files.txt").read_text().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{paths[0]}\t")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bad_files.txt"]
+
+
+def test_tables_are_utf8_csv(tmp_path):
+    rows = [{"path": "A/x,\"y\"\n.jpg", "n": 1}, {"path": "A/\udce9é.jpg", "n": 2}]
+    tm.write_table(tmp_path / "t.csv", rows)
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["path"] for row in read] == ["A/x,\"y\"\n.jpg", "A/\\udce9é.jpg"]

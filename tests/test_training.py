@@ -1,0 +1,325 @@
+"""Training, as a user runs it: constants edited in a copy of the file, flags, bad input."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models import resnet50
+
+import test_model
+import train_model as tm
+from tests.conftest import QUICK, folders
+from tests.paintings import paint_artgan, write_lists
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(script, *flags, cwd=ROOT):
+    """Run a script as a user does; return the finished process."""
+    return subprocess.run([sys.executable, script, *map(str, flags)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300)
+
+
+def test_a_user_edits_constants_and_goes_on(tmp_path):
+    """EPOCHS edited in the file: 1, then 2, which continues; then the test."""
+    paint_artgan(tmp_path / "wikiart", each=6, size=(100, 80))
+    for name in ("train_model.py", "test_model.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    script = tmp_path / "train_model.py"
+
+    def edit(**constants):
+        text = script.read_text()
+        for name, value in constants.items():
+            text, count = re.subn(rf"(?m)^{name} = \S+", f"{name} = {value!r}", text)
+            assert count == 1
+        script.write_text(text)
+
+    edit(EPOCHS=1, WEIGHTS="none", IMAGE_SIZE=64, BATCH_SIZE=8, WORKERS=2)
+    first = python(script, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "split: 20 train, 5 validation, 5 test paintings in 5 classes" in first.stdout
+    assert "epoch 1/1: training loss" in first.stdout
+    edit(EPOCHS=2)
+    second = python(script, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "epoch 1 of 2 is saved" in second.stdout and "epoch 2/2: training" in second.stdout
+    assert "epoch 1/2: training" not in second.stdout
+    with open(tmp_path / "history.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    names = (tmp_path / "class_names.txt").read_text().splitlines()
+    assert names == sorted(path.name for path in (tmp_path / "wikiart").iterdir())
+
+    third = python(tmp_path / "test_model.py", cwd=tmp_path)
+    assert third.returncode == 0, third.stderr
+    last = third.stdout.splitlines()[-1]
+    assert re.fullmatch(r"Test accuracy: \d+\.\d\d % \(\d of 5 paintings\)", last)
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["class"] == row["predicted"] for row in rows)
+    assert len(rows) == 5 and f"({right} of 5 paintings)" in last
+
+
+def test_every_setting_is_a_flag():
+    run = python(ROOT / "train_model.py", "--help")
+    assert run.returncode == 0
+    for name in tm.SETTINGS:
+        assert f"--{name.lower().replace('_', '-')} VALUE" in run.stdout
+    text = " ".join(run.stdout.split())
+    assert "passes over the training paintings; 0 checks and prepares the data only [20]" in text
+    unknown = python(ROOT / "train_model.py", "--epoch", "3")
+    assert unknown.returncode == 2 and "--epoch" in unknown.stderr
+
+
+def test_importing_does_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_model, test_model"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert (run.returncode, run.stdout, run.stderr, list(tmp_path.iterdir())) == (0, b"", b"", [])
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def small_artgan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad_input")
+    paint_artgan(folder / "wikiart", each=4, size=(60, 50))
+    (folder / "file").write_text("no folder")
+    (folder / "empty" / "Cubism").mkdir(parents=True)
+    (folder / "single" / "Cubism").mkdir(parents=True)
+    shutil.copy(next((folder / "wikiart/Cubism").iterdir()), folder / "single/Cubism")
+    write_lists(folder / "other_lists", "style", ["a", "b"], [("X/x.jpg", 0)], [("X/y.jpg", 1)])
+    write_lists(folder / "wrong_label", "style", ["a", "b"], [("X/x.jpg", 7)], [("X/y.jpg", 1)])
+    write_lists(folder / "half_lists", "style", ["a", "b"], [("X/x.jpg", 0)], [("X/y.jpg", 1)])
+    (folder / "half_lists" / "style_val.csv").unlink()
+    (folder / "no_weights.pth").write_text("text")
+    return folder
+
+
+BAD_INPUT = [
+    (["--data-dir", "{}/nowhere"], "no folder .*nowhere.*ArtGAN.*tests/demo.py"),
+    (["--data-dir", "{}/empty"], "no picture in its folders"),
+    (["--data-dir", "{}/single"], "one|1 style"),
+    (["--attribute", "genre"], "genre_train.csv.*https://github.com/cs-chan/ArtGAN"),
+    (["--attribute", "colour"], "'colour' needs colour_train.csv"),
+    (["--lists-dir", "{}/other_lists"], "none of them is on disk"),
+    (["--lists-dir", "{}/wrong_label"], "label 7"),
+    (["--lists-dir", "{}/half_lists"], "lacks style_val"),
+    (["--epochs", "-1"], "EPOCHS must be a whole number .* not -1"),
+    (["--epochs", "many"], "EPOCHS must be a whole number .* not 'many'"),
+    (["--epochs", "1.5"], "EPOCHS must be a whole number .* not 1.5"),
+    (["--batch-size", "0"], "BATCH_SIZE must be a whole number from 1 "),
+    (["--image-size", "281"], "IMAGE_SIZE .* to 280"),
+    (["--learning-rate", "nan"], "LEARNING_RATE must be a number"),
+    (["--learning-rate", "1e999"], "LEARNING_RATE must be a number"),
+    (["--group-by", "museum"], "GROUP_BY must be painting or artist, not 'museum'"),
+    (["--group-by", "artist", "--attribute", "artist", "--min-paintings", "2"], "artists apart"),
+    (["--output-dir", "{}/file/out"], "cannot write into .*file/out"),
+    (["--small-dir", "{}/file/small"], "cannot write into .*file/small"),
+    (["--small-dir", "{}/wikiart/small"], "neither inside the other"),
+    (["--data-dir", "{}/wikiart", "--small-dir", "{}"], "neither inside the other"),
+    (["--weights", "{}/nowhere.pth"], "no file .*nowhere.pth"),
+    (["--weights", "{}/no_weights.pth"], "refused"),
+    (["--attribute", ""], "ATTRIBUTE must be text"),
+]
+
+
+@pytest.mark.parametrize("flags,message", BAD_INPUT, ids=[" ".join(f) for f, _ in BAD_INPUT])
+def test_bad_input_is_one_line_and_writes_nothing(small_artgan, flags, message, capsys):
+    before = sorted(small_artgan.rglob("*"))
+    flags = [flag.format(small_artgan) for flag in flags]
+    assert tm.main([*folders(small_artgan), *QUICK, "--epochs", "1", *flags]) == 1
+    captured = capsys.readouterr()
+    lines = captured.err.strip().split("\n")
+    assert len(lines) == 1 and re.match(f"error: .*({message})", lines[0]), captured.err
+    assert sorted(small_artgan.rglob("*")) == before
+
+
+def test_a_failed_download_says_what_to_do(small_artgan, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def fail(url, *_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    assert tm.main([*folders(small_artgan), "--epochs", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "https://download.pytorch.org/models/resnet50-11ad3fa6.pth" in error
+    assert f"{tmp_path}/checkpoints/resnet50-11ad3fa6.pth" in error and "--weights none" in error
+    assert not (small_artgan / "small").exists()
+
+
+def test_constants_of_a_wrong_type_are_errors(small_artgan, capsys, monkeypatch):
+    for name, value in (("EPOCHS", "20"), ("EPOCHS", 2.0), ("EPOCHS", True), ("DATA_DIR", 3)):
+        monkeypatch.setitem(tm.SETTINGS, name, value)
+        assert tm.main([]) == 1
+        assert f"{name} must be" in capsys.readouterr().err
+        monkeypatch.undo()
+
+
+def test_testing_before_training(tmp_path, capsys):
+    assert test_model.main(["--output-dir", str(tmp_path)]) == 1
+    message = "error: there is no .*model_best.pth: run train_model.py"
+    assert re.match(message, capsys.readouterr().err)
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def test_the_first_epoch_leaves_pretrained_weights_alone(tmp_path, capsys):
+    """Weights of a ResNet-50 as torchvision has them: frozen in epoch 1, trained in epoch 2."""
+    paint_artgan(tmp_path / "wikiart", each=4, size=(80, 64))
+    torch.manual_seed(9)
+    state = resnet50().state_dict()
+    torch.save(state, tmp_path / "resnet50.pth")
+    flags = [*folders(tmp_path), *QUICK, "--weights", str(tmp_path / "resnet50.pth")]
+    assert tm.main([*flags, "--epochs", "1"]) == 0
+    kept = tm.load_checkpoint(tmp_path / "out/model_last.pth")["model"]
+    for name, value in state.items():
+        if not name.startswith("fc."):
+            assert torch.equal(kept["features.resnet." + name], value), name
+    assert tm.main([*flags, "--epochs", "2"]) == 0
+    moved = tm.load_checkpoint(tmp_path / "out/model_last.pth")["model"]
+    assert not torch.equal(moved["features.resnet.conv1.weight"], state["conv1.weight"])
+    assert not torch.equal(moved["features.resnet.bn1.running_mean"], state["bn1.running_mean"])
+
+
+def test_the_learning_rate_warms_up_twice_and_ends_at_zero():
+    rates = [tm.rate_at(step / 100, 10, 1, 0.5) for step in range(1000)]
+    assert rates[0] == 0 and rates[100] == 0  # at the start, and where the ResNet thaws
+    assert rates[25] < rates[50] > rates[99] * 0.9 and rates[125] < rates[150]
+    assert all(a > b for a, b in zip(rates[150:], rates[151:])) and rates[-1] < 1e-4
+    assert [tm.rate_at(step / 10, 2, 0, 0) for step in range(20)] == sorted(
+        (tm.rate_at(step / 10, 2, 0, 0) for step in range(20)), reverse=True)
+
+
+def test_the_resnet_learns_slower_and_norms_do_not_decay():
+    groups = tm.make_optimizer(tm.ArtClassifier(3), 1e-3, 0.1, 0.05).param_groups
+    table = sorted((group["peak"], group["weight_decay"], len(group["params"])) for group in groups)
+    assert [row[:2] for row in table] == [(1e-4, 0.0), (1e-4, 0.05), (1e-3, 0.0), (1e-3, 0.05)]
+    assert sum(row[2] for row in table) == len(list(tm.ArtClassifier(3).parameters()))
+
+
+@pytest.fixture(scope="module")
+def loaded(finished):
+    paths = sorted(finished.painted)[:12]
+    return tm.Paintings(finished.folder / "small", paths, list(range(12)), 64, seed=4)
+
+
+def passes(paintings, workers):
+    """Return what two epochs and an evaluation load, with so many workers."""
+    batches, seen = tm.Batches(5, seed=4), []
+    loader = tm.make_loader(paintings, batches, workers, torch.device("cpu"))
+    for epoch in (1, 2):
+        batches.shuffle(range(12), epoch)
+        seen += [(pixels.clone(), labels.clone()) for pixels, labels in loader]
+    batches.keep_order(range(12))
+    return seen + [(pixels.clone(), labels.clone()) for pixels, labels in loader]
+
+
+def test_loading_does_not_depend_on_the_workers(loaded):
+    alone = passes(loaded, 0)
+    assert [len(labels) for _, labels in alone] == [4] * 9
+    first, second, third = (torch.cat([labels for _, labels in alone[n : n + 3]]).tolist()
+                            for n in (0, 3, 6))
+    assert sorted(first) == sorted(second) == third == list(range(12))
+    assert first != second and first != third
+    for workers in (1, 3):
+        for (pixels, labels), (others, names) in zip(alone, passes(loaded, workers)):
+            assert torch.equal(pixels, others) and torch.equal(labels, names)
+
+
+def test_crops_vary_with_the_epoch_and_not_with_the_rest(loaded):
+    state = torch.get_rng_state()
+    assert torch.equal(loaded[3, 1][0], loaded[3, 1][0])
+    assert not torch.equal(loaded[3, 1][0], loaded[3, 2][0])
+    assert torch.equal(loaded[3, 0][0], loaded[3, 0][0])
+    assert loaded[3, 1][0].shape == (64, 64, 3) and loaded[3, 1][0].dtype == torch.uint8
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_sees_the_centre():
+    image = np.zeros((320, 640, 3), np.uint8)
+    image[20:300, 180:460] = 255
+    centred = np.asarray(tm.centre(tm.Image.fromarray(image), 224))
+    assert centred.shape == (224, 224, 3) and centred[1:-1, 1:-1].min() == 255
+
+
+def test_every_painting_trains_once_in_every_epoch(finished):
+    batches = tm.Batches(64)
+    for count in (1, 63, 64, 65, 129):
+        batches.shuffle(range(count), 1)
+        assert sorted(index for batch in batches for index, _ in batch) == list(range(count))
+        assert max(map(len, batches)) - min(map(len, batches)) <= 1
+
+
+def test_the_run_saves_what_it_says(finished):
+    last = tm.load_checkpoint(finished.out / "model_last.pth")
+    best = tm.load_checkpoint(finished.out / "model_best.pth")
+    assert [len(last["split"][part]) for part in tm.PARTS] == [30, 5, 5]
+    assert best["test"] == last["split"]["test"]
+    assert best["class_names"] == sorted(set(finished.painted.values()))
+    accuracies = [row["validation_accuracy"] for row in last["history"]]
+    assert best["validation_accuracy"] == max(accuracies)
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies))
+    assert {"attribute"} <= {name.lower() for name in best["settings"]}
+    for path, label in best["test"].items():
+        assert finished.painted[path] == best["class_names"][label]
+    names = sorted(path.name for path in finished.out.iterdir())
+    assert names == ["bad_files.txt", "class_names.txt", "history.csv", "model_best.pth",
+                     "model_last.pth"]
+
+
+@pytest.mark.parametrize("attribute,sizes", [("style", "1,063 train, 124 validation, 483 test"),
+                                             ("artist", "241 train, 33 validation, 110 test"),
+                                             ("genre", "714 train, 80 validation, 328 test")])
+def test_the_real_paintings_are_split(shared, tmp_path, capsys, attribute, sizes):
+    real = shared / "artgan_subset"
+    flags = ["--data-dir", f"{real}/wikiart", "--lists-dir", f"{real}/wikiart_csv",
+             "--output-dir", str(tmp_path), "--small-dir", str(shared_small(tmp_path))]
+    assert tm.main([*flags, "--attribute", attribute, "--epochs", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "1,670 paintings in" in out and f"split: {sizes} paintings" in out
+
+
+def shared_small(tmp_path):
+    """Return a folder of small copies that all tests of the real paintings use."""
+    return tmp_path.parent / "real_small"
+
+
+def test_the_real_paintings_train_and_test(shared, tmp_path):
+    real = shared / "artgan_subset"
+    places = ["--data-dir", f"{real}/wikiart", "--output-dir", str(tmp_path),
+              "--small-dir", str(shared_small(tmp_path))]
+    quick = ["--weights", "none", "--image-size", "64", "--epochs", "1", "--attribute", "artist"]
+    run = python(ROOT / "train_model.py", *places, "--lists-dir", f"{real}/wikiart_csv", *quick)
+    assert run.returncode == 0, run.stderr
+    assert "1 test paintings share" not in run.stdout
+    run = python(ROOT / "test_model.py", *places)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"\nTest accuracy: \d+\.\d\d % \(\d+ of 110 paintings\)\n$", run.stdout)
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason="workers need a second processor")
+def test_start_with_all_of_artgan_is_quick_in_memory(tmp_path):
+    """4,000 paintings whose copies are ready: nothing is decoded, and little memory is taken."""
+    paint_artgan(tmp_path / "wikiart", each=1, size=(60, 50))
+    assert tm.main([*folders(tmp_path), "--epochs", "0"]) == 1  # too few for a split
+    for folder in ("wikiart", "small"):
+        for style in (tmp_path / folder).iterdir():
+            source = next(style.iterdir())
+            for number in range(800):
+                os.link(source, style / f"someone_{number}.jpg")
+    code = ("import resource, sys, train_model as tm\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            f"tm.main({[*folders(tmp_path), '--epochs', '0']!r})\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "small copies: 0 written, 4,005 were there already" in run.stdout, run.stderr
+    assert int(run.stdout.split()[-1]) < 40_000
