@@ -1,0 +1,91 @@
+"""The README is true: its commands run, its files exist, its flags and tests are there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import test_model
+import train_model as tm
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [shlex.split(part, comments=True)
+            for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+            for line in block.splitlines() for part in line.split("&&") if part.strip()]
+COMMANDS += [shlex.split(line) for line in re.findall(r"`(python [^`]+)`", README)]
+
+
+def test_the_top_level_is_the_closed_list():
+    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip("no git checkout")
+    top = {name.partition("/")[0] for name in run.stdout.split()}
+    assert {name for name in top if not name.startswith(".")} == {
+        "README.md", "class_names.txt", "requirements.txt", "test_model.py", "tests",
+        "train_model.py"}
+
+
+def test_run_time_packages_are_the_five():
+    names = re.findall(r"(?m)^[a-z]+", (ROOT / "requirements.txt").read_text())
+    assert sorted(names) == ["numpy", "pillow", "torch", "torchvision", "tqdm"]
+    for script in ("train_model.py", "test_model.py"):
+        text = (ROOT / script).read_text(encoding="utf-8")
+        imported = set(re.findall(r"(?m)^(?:from|import) (\w+)", text))
+        foreign = imported - sys.stdlib_module_names
+        assert foreign <= {"numpy", "PIL", "torch", "torchvision", "tqdm", "train_model"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_of_the_readme_is_right(command, monkeypatch):
+    if command[0] == "pip":
+        assert command[1] == "install"
+        assert all((ROOT / name).exists() for name in command[3::2])
+        return
+    if command[0] == "torchrun":
+        command = ["python", *command[command.index("train_model.py"):]]
+    assert command[0] == "python"
+    if command[1] == "-m":
+        assert command[2] == "pytest" and (ROOT / command[3]).is_dir()
+        return
+    script, flags = ROOT / command[1], command[2:]
+    assert script.is_file()
+    for flag in flags:  # the scripts themselves say whether they know it
+        if flag.startswith("--"):
+            run = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+            assert flag in run.stdout
+
+
+def test_every_file_of_the_readme_exists_or_is_written(finished, tmp_path):
+    written = {*tm.RUN_FILES, "bad_files.txt"}
+    artgan = {"wikiart.zip", "wikiart_csv.zip"}
+    named = set(re.findall(r"`([\w./-]+\.(?:py|txt|pth|csv|html|zip))`", README))
+    assert named and named - written - artgan == {
+        name for name in named if (ROOT / name).is_file()} - written
+    assert {path.name for path in finished.out.iterdir()} <= written
+
+
+def test_every_constant_of_the_readme_is_a_setting():
+    named = set(re.findall(r"`([A-Z]+_?[A-Z]+)(?: = [^`]*)?`", README)) - {"IMAGENET1K_V2"}
+    assert named <= tm.SETTINGS.keys() | test_model.SETTINGS.keys()
+    assert "EPOCHS" in named
+
+
+def test_every_test_of_the_readme_is_there():
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", README)) - {"test_model"}
+    assert all(f"def {name}(" in tests for name in named)
+
+
+def test_the_demo_ends_well_above_chance(tmp_path):
+    """The newcomer's first command, as it stands."""
+    run = subprocess.run([sys.executable, ROOT / "tests/demo.py", str(tmp_path / "demo")],
+                         capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    accuracy = float(re.search(r"Test accuracy: (\d+\.\d\d) %", run.stdout)[1])
+    assert accuracy >= 80  # chance is 20, the artist's name in the file name about 55
+    page = re.search(r"Look at (.*)", run.stdout.strip().splitlines()[-1])[1]
+    assert Path(page).is_file()
