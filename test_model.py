@@ -9,8 +9,15 @@ Writes  into OUTPUT_DIR predictions.csv (one row a test painting), outliers.csv 
         might not fit the class they are assigned to) and report.html (all of it to look at).
 """
 
+import contextlib
+import html
 import io
+import math
+import platform
+import shlex
 import sys
+import time
+from base64 import b64encode
 from collections import Counter
 from pathlib import Path
 
@@ -121,6 +128,227 @@ def find_outliers(predictions, class_names, most):
     return {name: [row for row in ranked if row["class"] == name][:most] for name in class_names}
 
 
+# ------------------------------------------------------------------------------------------ report
+
+GALLERY = 6  # outliers of a class that report.html shows
+CSS = """:root { color-scheme: light dark; print-color-adjust: exact; --heat: 116 163 210;
+  --paper: #fff; --ink: #1d1c1a; --soft: #625e58; --line: #dfdcd6; --accent: #1f4e79 }
+@media screen and (prefers-color-scheme: dark) { :root { --heat: 42 98 152;
+  --paper: #14171a; --ink: #ebe8e2; --soft: #a8a59e; --line: #373b40; --accent: #8dbbe8 } }
+* { box-sizing: border-box; min-width: 0; margin: 0; padding: 0 }
+body { max-width: 76rem; margin: auto; padding: clamp(2rem, 6vw, 5rem) clamp(1rem, 5vw, 4rem);
+  background: var(--paper); color: var(--ink); font: 1rem/1.6 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+h1, h2, h3, dd b { display: block; font: 1.8rem/1.2 Palatino, "Palatino Linotype", Georgia, serif }
+h1 b { display: block; color: var(--accent); font-weight: 400; font-size: clamp(4rem, 19vw, 8rem) }
+h2 { margin-top: 5rem; padding-top: 1.2rem; border-top: 1px solid }
+h3 { margin: 2.5rem 0 1rem; font-size: 1.3rem } .bars div + div { --accent: var(--soft) }
+p, caption, figcaption { max-width: 46rem; margin: 1rem 0; text-align: left }
+caption, figcaption, dd, .bars { padding-bottom: .8rem; color: var(--soft); font-size: .875rem }
+b { color: var(--ink) } ol { padding-left: 1.5rem } .scroll { overflow-x: auto }
+.wide, .hang, dl { display: grid; gap: 1.5rem; margin: 2rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 9.5rem)), 1fr)) }
+.hang { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) }
+.wide { --least: 24rem; gap: 1rem 4rem } .bars { align-self: end } .bars b { float: right }
+.bars span { display: block; position: relative; height: 1rem; margin: .4rem 0 1.2rem }
+.bars i { position: absolute; inset: -.3rem auto; border: solid; border-width: 0 2px;
+  background: linear-gradient(var(--ink) 0 0) 0/100% 2px no-repeat; color: var(--ink) }
+.bars span, .classes td[style] { background: linear-gradient(90deg, var(--accent)
+  calc(var(--s)*100%), var(--line) 0) 0 100%/100% var(--thick, 100%) no-repeat content-box }
+svg { display: block; width: 100%; font: 13px system-ui, sans-serif; fill: var(--soft) }
+path, polyline { fill: none; stroke: var(--line) } .best { stroke: var(--ink) }
+.training { stroke: var(--soft); stroke-dasharray: 5 4; stroke-width: 2 }
+.validation { stroke: var(--accent); stroke-width: 2 } .matrix .right { border-color: var(--ink) }
+table { border-spacing: 0; font-variant-numeric: tabular-nums; line-height: 1.3 }
+th, td { font-weight: 400; text-align: left; vertical-align: bottom; --thick: 3px }
+.classes { width: 100%; table-layout: fixed; font-size: clamp(.74rem, 3vw, .95rem) }
+.classes th { width: 29%; padding: .5rem 0 } .matrix { font-size: .75rem }
+.classes td, .classes th + th { width: auto; padding: .5rem 0 .5rem .4rem; text-align: right }
+.matrix td { min-width: 2.1rem; height: 1.9rem; border: 1px solid var(--paper); text-align: center;
+  background: rgb(var(--heat) / var(--s, 0)); white-space: nowrap; vertical-align: middle }
+.matrix th { position: sticky; left: 0; z-index: 1; max-width: 12rem; padding-right: .5rem;
+  min-width: clamp(6.5rem, 14vw, 10rem); background: var(--paper); vertical-align: middle }
+.matrix th + th { position: static; min-width: 0; padding: .4rem; vertical-align: bottom }
+.matrix span { max-height: 12rem; writing-mode: vertical-rl; transform: rotate(180deg) }
+.matrix caption { position: sticky; left: 0; max-width: min(46rem, 90vw) }
+img { display: block; width: 100%; height: 10rem; object-fit: contain; object-position: 0 100% }
+@media print { @page { margin: 14mm } body { padding: 0; font-size: 10pt } h2 { margin-top: 2rem }
+  h3, .hang, ol { margin: 1rem 0; break-inside: avoid } h2, h3, caption { break-after: avoid }
+  tr, figure, dl div { break-inside: avoid } figcaption { font: 7pt/1.3 sans-serif }
+  h1 b { font-size: 4.5rem } .wide { --least: 15rem }
+  .matrix { font-size: 5pt } .matrix td { min-width: 0; height: 0 } .matrix th { min-width: 5rem }
+  .hang { gap: 1rem; grid-template-columns: repeat(6, 1fr) } img { height: 6rem } }"""
+
+
+def write_report(path, checkpoint, scores, guesses, predictions, outliers, small_dir, missing):
+    """Write all of it as one page of HTML, which needs no other file, no script, no network."""
+    names = [escaped(name) for name in checkpoint["class_names"]]
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Test of a classifier of paintings</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{CSS}</style></head><body><main>
+{headline(checkpoint["settings"]["ATTRIBUTE"], names, scores, guesses)}
+{learning_curve(checkpoint["history"], checkpoint["epoch"])}
+{class_table(names, scores)}{confusion_matrix(names, scores["confusion"])}
+{gallery(predictions, outliers, small_dir)}{how_made(checkpoint, len(predictions), missing)}
+</main></body></html>
+"""
+    train_model.write_whole(path, page.encode("utf-8"))
+
+
+def escaped(name):
+    """Return a name as HTML that shows it, whatever it holds, with spaces for _."""
+    return f"<bdi>{html.escape(shown(name).replace('_', ' '))}</bdi>"
+
+
+def facts(pairs):
+    """Return terms and what is said of them, pairs of HTML, as a list."""
+    return f"<dl>{''.join(f'<div><dt>{a}</dt><dd>{b}</dd></div>' for a, b in pairs)}</dl>"
+
+
+def table(kind, caption, heads, rows):
+    """Return a table of the rows (name, cells), all HTML."""
+    top = "".join(f'<th scope="col"><span>{head}</span></th>' for head in heads)
+    body = "".join(f'<tr><th scope="row">{name}</th>{cells}</tr>\n' for name, cells in rows)
+    return (f'<table class="{kind}"><caption>{caption}</caption>\n<thead><tr>{top}</tr></thead>\n'
+            f"<tbody>\n{body}</tbody></table>")
+
+
+def headline(attribute, names, scores, guesses):
+    """Return the accuracy beside its yardsticks, and the other scores in a few words each."""
+    accuracy, (low, high) = scores["accuracy"], scores["interval"]
+    own = ", which is the answer itself here" if attribute == "artist" else ""
+    bars = [f'<div>{name} <b>{share:.1%}</b><span style="--s:{share:.4f}">'
+            for name, share in ({"this model": accuracy} | guesses).items()]
+    bars[0] += f'<i style="left:{low:.2%};width:{high - low:.2%}"></i>'
+    others = [
+        ("Top-5 accuracy", "top5", "the given class is among the five likeliest"),
+        ("Macro-F1", "macro_f1", "precision and recall in one; every class counts alike"),
+        ("Balanced accuracy", "balanced_accuracy", "the share found of a class, on average"),
+        ("Calibration error", "calibration_error", "how far confidence is from being right"),
+    ][len(names) <= 5:]
+    pairs = [(name, f"<b>{scores[key]:.1%}</b>{words}") for name, key, words in others]
+    return f"""<header class="wide"><div><h1>Test accuracy, {escaped(attribute)}
+<b>{accuracy:.2%}</b></h1><p>The model finds the given one of {len(names)} classes for
+{scores["confusion"].trace():,} of {scores["count"].sum():,} paintings that it has not learned from.
+For paintings like these the 95% interval, marked on the bar, is {low:.1%} to {high:.1%}.</p></div>
+<div class="bars">{"</span></div>".join(bars)}</span></div><p>The guesses look at no picture: one
+gives the same answer to all, the other goes by the artist in the file name{own}.</p></div></header>
+{facts(pairs)}"""
+
+
+def learning_curve(history, best):
+    """Return the losses and the validation accuracy of the epochs, as two drawings."""
+    losses = {name: [row[f"{name}_loss"] for row in history] for name in ("validation", "training")}
+    accuracy = {"validation": [100 * row["validation_accuracy"] for row in history]}
+    return f"""<h2>Learning curve</h2><figure><div class="wide">{draw("Loss", "", losses, best)}
+{draw("Validation accuracy", "%", accuracy, best)}</div><figcaption>Solid: on the validation’s
+paintings, which choose the best epoch. Dashed: on those that the model learns from. Epoch {best} is
+tested here.</figcaption></figure>"""
+
+
+def draw(title, unit, lines, best):
+    """Return a drawing (SVG, 400 x 230) of the lines {name: values}, one value an epoch."""
+    count, said = len(lines["validation"]), f"{lines['validation'][best - 1]:.2f}{unit}"
+    top = max((v for line in lines.values() for v in line if v < math.inf), default=1)  # nor NaN
+    step = 20 if unit else max(1, math.ceil(top / 5))
+    marks = range(0, max(1, math.ceil(top / step)) * step + 1, step)
+    x = [f"{50 + 340 * epoch / max(count - 1, 1):.1f}" for epoch in range(count)]
+
+    def y(value):
+        return f"{205 - 150 * value / marks[-1]:.1f}"
+
+    parts = [f'<path d="M50 {y(mark)}H390"/><text x="42" y="{y(mark)}" dy="4" text-anchor="end">'
+             f"{mark}{unit}</text>" for mark in marks]
+    texts = [(best, 42, f"epoch {best}: {said}"), (1, 225, "epoch 1"), (count, 225, f"{count}")]
+    for epoch, height, words in texts[:2 + (count > 1)]:
+        side = "end" if 2 * epoch > count + 1 else "start"
+        parts.append(f'<text x="{x[epoch - 1]}" y="{height}" text-anchor="{side}">{words}</text>')
+    for name, line in lines.items():
+        points = [f"{a} {y(value)}" for a, value in zip(x, line) if value < math.inf]
+        parts.append(f'<polyline class="{name}" points="{" ".join(points)}"/>')
+        if line[best - 1] < math.inf:
+            parts.append(f'<circle cx="{x[best - 1]}" cy="{y(line[best - 1])}" r="4"/>')
+    return f"""<svg viewBox="0 0 400 230" role="img" aria-label="{title}, epoch {best}: {said}">
+<text y="14" font-size="15">{title}</text><path class="best" d="M{x[best - 1]} 48V205"/>
+{"".join(parts)}</svg>"""
+
+
+def class_table(names, scores):
+    """Return the scores of each class as a table, the highest F1 first."""
+    given, named, rows = scores["count"], scores["confusion"].sum(0), []
+    for place in np.argsort(-scores["f1"], kind="stable"):
+        cells = [f'<td style="--s:{scores[key][place]:.3f}">{scores[key][place]:.1%}</td>'
+                 if defined[place] else "<td>–</td>" for key, defined in
+                 (("precision", named), ("recall", given), ("f1", given + named))]
+        rows.append((names[place], f"<td>{given[place]:,}</td>{''.join(cells)}"))
+    caption = """Precision: the share of what the model puts into the class that belongs there.
+Recall: the share of the class that the model finds. F1: both in one; the highest comes first."""
+    heads = ("Class", "Paintings", "Precision", "Recall", "F1")
+    return "<h2>Class by class</h2>" + table("classes", caption, heads, rows)
+
+
+def confusion_matrix(names, confusion):
+    """Return the counts (C, C), given class down, as a heat map, and the largest confusions."""
+    shares, rows = confusion / np.maximum(confusion.sum(1, keepdims=True), 1), []
+    for given, counts in enumerate(confusion.tolist()):
+        cells = [f'<td style="--s:{share**0.6:.2f}">{count}</td>' if count else "<td></td>"
+                 for count, share in zip(counts, shares[given])]  # 0.6 brings out small shares
+        cells[given] = cells[given].replace("<td", '<td class="right"')
+        rows.append((names[given], "".join(cells)))
+    wrong = confusion * ~np.eye(len(names), dtype=bool)
+    worst = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:8], wrong.shape))
+    pairs = [f"<li>{names[a]} → {names[b]}: <b>{wrong[a, b]:,}</b>, {shares[a, b]:.1%} of "
+             f"{names[a]}</li>\n" for a, b in worst if wrong[a, b]]
+    caption = """Paintings by given class (down) and predicted class (across). Deeper colour: a
+larger share of the given class. Framed: the right answers. Empty: 0."""
+    return f"""<h2>What is taken for what</h2>
+<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">
+{table("matrix", caption, ["", *names], rows)}</div>
+<h3>Most often confused: given → predicted</h3><ol>{"".join(pairs) or "<li>none</li>"}</ol>"""
+
+
+def gallery(predictions, outliers, small_dir):
+    """Return the first outliers of each class, with their pictures."""
+    apart = sum(row["margin"] > 0 for row in predictions)
+    parts = [f'<h3>{escaped(name)}</h3>\n<div class="hang">'
+             f"{''.join(outlier(row, small_dir) for row in rows[:GALLERY])}</div>\n"
+             for name, rows in outliers.items() if rows]
+    return f"""<h2>Paintings that might not fit their class</h2>
+<p>The margin says how much likelier than the given class the model finds another: at 0 equally
+likely, at +1 2.7 times, at +3 20 times as likely; below 0 the given class is the likeliest. It is
+above 0 for {apart:,} of {len(predictions):,} paintings, and most of these are the model’s mistakes,
+not the museum’s: worth a second look, no more. Here are the largest margins of each class, at most
+{GALLERY}; outliers.csv is the whole list.</p>{"".join(parts)}"""
+
+
+def outlier(row, small_dir):
+    """Return a painting as an inlined JPEG of at most 200 x 200 pixels, and what is said of it."""
+    with Image.open(small_dir / train_model.small_name(row["path"])) as image:
+        image.thumbnail((200, 200))
+        image.save(jpeg := io.BytesIO(), "JPEG", quality=70)
+    path, words = html.escape(shown(row["path"])), "fits better" if row["margin"] > 0 else "is next"
+    return f"""<figure><img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}"
+alt="{path}"><figcaption>given {escaped(row["class"])}<br><b>{escaped(row["fits_better"])}</b>
+{words}<br>margin {row["margin"]:+.2f}<br><small>{path}</small></figcaption></figure>"""
+
+
+def how_made(checkpoint, tested, missing):
+    """Return what the model and this page were made with, and how to make them again."""
+    settings = checkpoint["settings"]
+    flags = "".join(f" --{name.lower().replace('_', '-')} {shlex.quote(str(value))}"
+                    for name, value in settings.items() if value != train_model.SETTINGS.get(name))
+    made = settings | checkpoint["versions"] | {"Python": platform.python_version()}
+    sizes = ", ".join(f"{size:,} for {part}" for part, size in checkpoint["sizes"].items())
+    return f"""<h2>How it was made</h2>
+<p>A ResNet-50, read row by row by an LSTM, learned to tell {escaped(settings["ATTRIBUTE"])}. The
+split is by {escaped(settings["GROUP_BY"])}: {sizes}. Of the last, {tested:,} paintings were tested
+and {missing:,} are missing or cannot be read. This page was made on {time.strftime("%Y-%m-%d")}. To
+do it all again, with the folders and EPOCHS of that run:</p>
+<p><code>python train_model.py{html.escape(shown(flags))}<br>python test_model.py</code>
+</p>{facts((name, html.escape(shown(value))) for name, value in made.items())}"""
+
+
 # ------------------------------------------------------------------------------------ own pictures
 
 
@@ -165,6 +393,10 @@ def judge(settings):
     class_names, image_size = checkpoint["class_names"], checkpoint["settings"]["IMAGE_SIZE"]
     model = train_model.ArtClassifier(len(class_names))
     train_model.load_state(model, checkpoint["model"], checkpoint_file)
+    with contextlib.suppress(OSError, ValueError):  # the epochs after the best, if they are here
+        later = train_model.load_checkpoint(checkpoint_file.with_name("model_last.pth"))["history"]
+        if later[: checkpoint["epoch"]] == checkpoint["history"]:
+            checkpoint["history"] = later
     device, precision = train_model.choose_device()
     train_model.to_device(model, device).eval()
     if settings.pictures:
@@ -198,6 +430,10 @@ def judge(settings):
                             [{column: row[column] for column in columns}
                              for rows in outliers.values() for row in rows])
 
+    missing = len(listed) - len(paths)
+    write_report(settings.output_dir / "report.html", checkpoint, scores, guesses, predictions,
+                 outliers, settings.small_dir, missing)
+
     low, high = scores["interval"]
     print(f"{checkpoint['settings']['ATTRIBUTE']}, {len(class_names)} classes; model of epoch "
           f"{checkpoint['epoch']}, validation accuracy {checkpoint['validation_accuracy']:.2%}")
@@ -208,7 +444,6 @@ def judge(settings):
         print(f"yardstick, {name}: {share:.2%}")
     if len(class_names) > 5:
         print(f"top-5 accuracy: {scores['top5']:.2%}")
-    missing = len(listed) - len(paths)
     print(f"{missing:,} of {len(listed):,} test paintings are missing or cannot be read")
     right = int(scores["confusion"].trace())
     print(f"Test accuracy: {100 * right / len(paths):.2f} % "

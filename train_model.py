@@ -165,6 +165,8 @@ def shrink(size, short_side):
 
 def flatten(image, size):
     """Return an image in RGB and the given size: transparency on white, 16-bit grey as 8-bit."""
+    if image.mode == "F":
+        raise ValueError("its pixels are numbers of no known range")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -847,6 +849,7 @@ def save_run(run, model, optimizer, scaler, settings):
         "epoch": len(accuracies),
         "validation_accuracy": accuracies[-1],
         "history": run["history"],
+        "sizes": {part: len(paintings) for part, paintings in run["split"].items()},
         "test": run["split"]["test"],
         "artists": run["artists"],
         "versions": {"torch": str(torch.__version__), "torchvision": torchvision.__version__},
@@ -935,6 +938,8 @@ def run_script(work, parser, settings, argv):
     """
     options = parser.parse_args(argv)
     options.saved = ""  # what a run that is stopped now leaves behind
+    for stream in (sys.stdout, sys.stderr):  # names of files may be beyond the terminal's letters
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         for name, value in settings.items():
             if hasattr(options, name.lower()):

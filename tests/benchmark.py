@@ -182,7 +182,7 @@ def peaks():
 
 def take_turns(options):
     """Return {(row, kind): [paintings per second]}, a value a round, and {row: peaks}."""
-    steps = options.pictures // options.batch_size  # whole batches, so that all steps are alike
+    steps = options.pictures // options.batch_size
     with contextlib.ExitStack() as stack:
         pools = {row: stack.enter_context(new_process()) for row in ROWS}
         for row, pool in pools.items():
@@ -298,6 +298,7 @@ def main():
         options.originals, options.small_dir = folder / "originals", folder / "small-0"
         options.pictures = gather(options.originals, options.pictures, options.folder)
         options.batch_size = min(options.batch_size, options.pictures)
+        options.pictures -= options.pictures % options.batch_size  # so that all steps are alike
         print_header(options)
         with new_process() as pool:
             preparing, large, whole = pool.submit(

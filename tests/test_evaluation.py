@@ -215,7 +215,7 @@ def test_planted_labels_are_found(tmp_path):
     assert sk.roc_auc_score(flipped, doubts) < sk.roc_auc_score(flipped, margins)
 
 
-# ---------------------------------------------------------------------- another machine, own pictures
+# -------------------------------------------------------------------- another machine, own pictures
 
 
 def test_another_machine_needs_the_checkpoint_and_the_paintings(finished, tested, tmp_path, capsys):
