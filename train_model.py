@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 try:
@@ -78,18 +78,12 @@ SETTINGS = {name: value for name, value in list(globals().items()) if name.isupp
 # ------------------------------------------------------------------------------------------- facts
 
 NUMBERS = {  # the settings that are numbers: (type, least, most); the others are text
-    "EPOCHS": (int, 0, 10**6),
-    "MIN_PAINTINGS": (int, 1, 10**9),
-    "BATCH_SIZE": (int, 1, 10**6),
+    "EPOCHS": (int, 0, 10**6), "BATCH_SIZE": (int, 1, 10**6), "MIN_PAINTINGS": (int, 1, 10**9),
     "IMAGE_SIZE": (int, 64, 280),  # 280 of a small copy's 320 pixels are what evaluation sees
-    "LEARNING_RATE": (float, 1e-9, 10),
-    "BACKBONE_RATE": (float, 0, 10),
-    "FROZEN_EPOCHS": (int, 0, 10**6),
-    "WARMUP_EPOCHS": (float, 0, 10**6),
-    "WEIGHT_DECAY": (float, 0, 10),
-    "DROPOUT": (float, 0, 0.99),
-    "WORKERS": (int, -1, 1024),
-    "SEED": (int, 0, 2**32),
+    "LEARNING_RATE": (float, 1e-9, 10), "BACKBONE_RATE": (float, 0, 10),
+    "FROZEN_EPOCHS": (int, 0, 10**6), "WARMUP_EPOCHS": (float, 0, 10**6),
+    "WEIGHT_DECAY": (float, 0, 10), "DROPOUT": (float, 0, 0.99),
+    "WORKERS": (int, -1, 1024), "SEED": (int, 0, 2**32),
 }
 CHANGEABLE = ("EPOCHS", "WORKERS", "DATA_DIR", "LISTS_DIR", "SMALL_DIR", "OUTPUT_DIR")  # in a run
 RUN_FILES = ("model_last.pth", "model_best.pth", "history.csv", "class_names.txt",
@@ -226,7 +220,7 @@ def prepare(found, data_dir, small_dir):
         bad = {path: reason for path, reason in zip(outdated, bar) if reason}
     print(f"small copies: {len(outdated) - len(bad):,} written, "
           f"{len(found) - len(outdated):,} were there already")
-    report([f"{path} ({reason})" for path, reason in bad.items()], "paintings cannot be used")
+    report([f"{path} ({reason})" for path, reason in bad.items()], "pictures that cannot be used")
     return bad
 
 
@@ -241,18 +235,13 @@ def shown(text):
 
 
 def report(items, what):
-    """Print how many items there are and the first three, if there are any."""
+    """Print what the items are, how many, and the first three; nothing where there are none."""
     if items:
-        dots = " ..." if len(items) > 3 else ""
-        print(f"{len(items):,} {what}: {', '.join(map(shown, items[:3]))}{dots}")
+        dots = ", ..." if len(items) > 3 else ""
+        print(f"{what}: {len(items):,} ({', '.join(map(shown, items[:3]))}{dots})")
 
 
 # ------------------------------------------------------------------------------------------ labels
-
-
-def find_list(path, ending):
-    """Return the path of a list, with its ending or without, or None."""
-    return next((p for p in (path.with_name(path.name + ending), path) if p.is_file()), None)
 
 
 def read_rows(path, row):
@@ -276,13 +265,15 @@ def read_lists(lists_dir, attribute):
 
     Raises ValueError if a list is missing, is no list, or has a label without a class.
     """
-    files = {kind: find_list(lists_dir / f"{attribute}_{kind}", ending)
-             for kind, ending in (("class", ".txt"), ("val", ".csv"), ("train", ".csv"))}
-    if not any(files.values()):
+    names = [f"{attribute}_class", f"{attribute}_val", f"{attribute}_train"]
+    files = [file for name in names for file in (lists_dir / (name + ".txt"),
+             lists_dir / (name + ".csv"), lists_dir / name) if file.is_file()]
+    if not files:
         return None
-    if missing := [f"{attribute}_{kind}" for kind, file in files.items() if not file]:
-        raise ValueError(f"{shown(lists_dir)} lacks {', '.join(missing)}: see {ARTGAN}")
-    class_file, test_file, train_file = files.values()
+    if [file.stem for file in files] != names:
+        raise ValueError(f"{shown(lists_dir)} must hold each of {', '.join(names)} once, and has "
+                         f"{', '.join(shown(file.name) for file in files)}: see {ARTGAN}")
+    class_file, test_file, train_file = files
 
     names = {int(index): name for index, name in read_rows(class_file, CLASS)}
     if not names or sorted(names) != list(range(len(names))):
@@ -298,7 +289,7 @@ def read_lists(lists_dir, attribute):
             else:
                 listed[part][path] = int(label)
                 folders[int(label)][path.partition("/")[0]] += 1
-    report(repeated, "rows repeat a painting and are passed over")
+    report(repeated, "rows that repeat a painting, passed over")
     if attribute == "style":  # goes by the folders' names: Art_Nouveau_Modern, not Art_Nouveau
         names |= {label: count.most_common(1)[0][0] for label, count in folders.items()}
     return [names[label] for label in range(len(names))], listed
@@ -375,8 +366,8 @@ def label_paintings(found, attribute, lists_dir, min_paintings):
     else:
         class_names, labels = read_names(found, attribute, min_paintings)
     places = match(labels, found)
-    report([path for path in labels if path not in places], "listed paintings are not on disk")
-    report(sorted(found.keys() - set(places.values())), f"paintings have no {attribute}")
+    report([path for path in labels if path not in places], "listed paintings that are not on disk")
+    report(sorted(found.keys() - set(places.values())), f"paintings without {attribute}")
     if lists and not places:
         raise ValueError(
             f"the {attribute} lists in {shown(lists_dir)} name {len(labels):,} paintings, and none "
@@ -452,7 +443,7 @@ def split_paintings(labels, tested, group_by, seed):
                              f"leave none for {part}")
     learned = {file_name(path) for part in ("train", "validation") for path in split[part]}
     twins = [path for path in split["test"] if file_name(path) in learned]
-    report(twins, "test paintings share their file name with one to learn from")
+    report(twins, "test paintings with the file name of one to learn from")
     return split
 
 
@@ -573,11 +564,12 @@ def seed_of(*parts):
     return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
 
 
-class Batches(Sampler):
+class Batches(list):
     """The batches of the next pass over `Paintings`, as lists of its keys (index, epoch)."""
 
     def __init__(self, batch_size, seed=0):
-        self.batch_size, self.seed, self.batches = batch_size, seed, []
+        super().__init__()
+        self.batch_size, self.seed = batch_size, seed
 
     def shuffle(self, indices, epoch):
         """Make the next pass one of training, in the order that follows from (seed, epoch)."""
@@ -589,14 +581,8 @@ class Batches(Sampler):
         """Make the next pass take the indices as they come, in batches of nearly equal size."""
         steps = math.ceil(len(indices) / self.batch_size)
         cuts = [len(indices) * step // steps for step in range(steps + 1)]
-        self.batches = [[(index, epoch) for index in indices[start:end]]
-                        for start, end in zip(cuts, cuts[1:])]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
+        self[:] = [[(index, epoch) for index in indices[start:end]]
+                   for start, end in zip(cuts, cuts[1:])]
 
 
 def make_loader(paintings, batches, workers, device):
@@ -1023,7 +1009,7 @@ def train(settings):
     print(f"split: {sizes} paintings in {len(class_names)} classes")
     used = set(labels.values())
     report([name for label, name in enumerate(class_names) if label not in used],
-           "classes have no painting")
+           "classes without a painting")
     if settings.epochs:
         if settings.fresh:
             move_aside(output_dir)
@@ -1057,8 +1043,8 @@ def commonest_classes(split):
 def still_there(split, labels):
     """Return an earlier split without the paintings that are gone; print what is gone or new."""
     known = {path for paintings in split.values() for path in paintings}
-    report(sorted(known - labels.keys()), "paintings of the run are gone")
-    report(sorted(labels.keys() - known), "paintings are new since the run began and not used")
+    report(sorted(known - labels.keys()), "paintings of the run that are gone")
+    report(sorted(labels.keys() - known), "paintings that are new since the run began, left out")
     return {part: {path: label for path, label in paintings.items() if path in labels}
             for part, paintings in split.items()}
 

@@ -119,8 +119,8 @@ def test_new_and_gone_paintings_are_said(copied, capsys, finished, tmp_path):
     flags += ["--data-dir", str(tmp_path / "wikiart"), "--small-dir", str(tmp_path / "small")]
     assert tm.main([*flags, "--epochs", "3"]) == 0
     printed = capsys.readouterr().out
-    assert f"1 paintings of the run are gone: {gone}" in printed
-    assert "1 paintings are new since the run began and not used: Cubism/new_one.jpg" in printed
+    assert f"paintings of the run that are gone: 1 ({gone})" in printed
+    assert "new since the run began, left out: 1 (Cubism/new_one.jpg)" in printed
     assert "split: 29 train, 5 validation, 5 test" in printed
 
 

@@ -214,7 +214,7 @@ def test_the_first_row_of_a_painting_counts(tmp_path, capsys):
                 [("X/3.jpg", 1), ("X/3.jpg", 0), ("X/2.jpg", 0)])
     _, listed = tm.read_lists(tmp_path, "genre")
     assert listed == {"test": {"X/3.jpg": 1, "X/2.jpg": 0}, "train": {"X/1.jpg": 0}}
-    assert "3 rows repeat a painting" in capsys.readouterr().out
+    assert "rows that repeat a painting, passed over: 3 (" in capsys.readouterr().out
 
 
 def test_styles_are_named_as_their_folders(tmp_path):
@@ -229,8 +229,8 @@ def test_missing_paintings_are_counted_and_named(tmp_path, capsys):
     names, labels, places, tested = tm.label_paintings(found, "genre", tmp_path, 1)
     assert labels == {NAMES[0]: 0, NAMES[2]: 1} and tested == {NAMES[2]}
     out = capsys.readouterr().out
-    assert f"1 listed paintings are not on disk: {NAMES[1]}" in out
-    assert "1 paintings have no genre: Cubism/extra.jpg" in out
+    assert f"listed paintings that are not on disk: 1 ({NAMES[1]})" in out
+    assert "paintings without genre: 1 (Cubism/extra.jpg)" in out
 
 
 def test_artists_without_lists_need_enough_paintings():
@@ -355,7 +355,7 @@ def test_twins_stay_together():
 def test_straddling_twins_of_given_lists_are_reported(capsys):
     labels = many([30, 30]) | {"S0/twin_x.jpg": 0, "S1/twin_x.jpg": 1}
     tm.split_paintings(labels, {"S1/twin_x.jpg", "S0/artist-0_no-0-0.jpg"}, "painting", 0)
-    assert "1 test paintings share their file name with one" in capsys.readouterr().out
+    assert "test paintings with the file name of one to learn from: 1 (" in capsys.readouterr().out
 
 
 def test_artists_stay_together(tmp_path):
@@ -412,10 +412,10 @@ def test_the_counts_of_a_whole_check(tmp_path, capsys):
     assert tm.main([*folders(tmp_path), "--epochs", "0"]) == 0
     out = capsys.readouterr().out
     assert "50 paintings in" in out
-    assert f"1 listed paintings are not on disk: {paths[1]}" in out
-    assert "1 paintings have no style: Cubism/unlisted_x.jpg" in out
+    assert f"listed paintings that are not on disk: 1 ({paths[1]})" in out
+    assert "paintings without style: 1 (Cubism/unlisted_x.jpg)" in out
     assert "small copies: 49 written, 0 were there already" in out
-    assert f"1 paintings cannot be used: {paths[0]}" in out
+    assert f"pictures that cannot be used: 1 ({paths[0]}" in out
     assert "split: 34 train, 5 validation, 9 test paintings in 5 classes" in out
     lines = (tmp_path / "out/bad_files.txt").read_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{paths[0]}\t")

@@ -333,7 +333,7 @@ def test_a_folder_of_every_kind(tmp_path):
                 image.load()
                 assert image.mode == "RGB" and min(image.size) <= 320
     count = f"{len(found):,} paintings in"
-    assert count in output and f"{len(bad)} paintings cannot be used" in output
+    assert count in output and f"pictures that cannot be used: {len(bad)} (" in output
 
 
 def test_odd_names_train_and_test(tmp_path):

@@ -110,7 +110,7 @@ BAD_INPUT = [
     (["--attribute", "colour"], "'colour' needs colour_train.csv"),
     (["--lists-dir", "{}/other_lists"], "none of them is on disk"),
     (["--lists-dir", "{}/wrong_label"], "label 7"),
-    (["--lists-dir", "{}/half_lists"], "lacks style_val"),
+    (["--lists-dir", "{}/half_lists"], "must hold each of style_class, style_val, style_train once, and has"),
     (["--epochs", "-1"], "EPOCHS must be a whole number .* not -1"),
     (["--epochs", "many"], "EPOCHS must be a whole number .* not 'many'"),
     (["--epochs", "1.5"], "EPOCHS must be a whole number .* not 1.5"),
@@ -300,7 +300,7 @@ def test_the_real_paintings_train_and_test(shared, tmp_path):
     quick = ["--weights", "none", "--image-size", "64", "--epochs", "1", "--attribute", "artist"]
     run = python(ROOT / "train_model.py", *places, "--lists-dir", f"{real}/wikiart_csv", *quick)
     assert run.returncode == 0, run.stderr
-    assert "1 test paintings share" not in run.stdout
+    assert "test paintings with the file name" not in run.stdout
     run = python(ROOT / "test_model.py", *places)
     assert run.returncode == 0, run.stderr
     assert re.search(r"\nTest accuracy: \d+\.\d\d % \(\d+ of 110 paintings\)\n$", run.stdout)
