@@ -398,7 +398,7 @@ def judge(settings):
         if later[: checkpoint["epoch"]] == checkpoint["history"]:
             checkpoint["history"] = later
     device, precision = train_model.choose_device()
-    train_model.to_device(model, device).eval()
+    model = train_model.fold_norms(train_model.to_device(model, device))
     if settings.pictures:
         return classify(model, class_names, image_size, precision, settings.pictures)
 

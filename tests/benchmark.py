@@ -147,7 +147,7 @@ def this_project(options, in_memory=False):
 
     def evaluate(steps):
         batches.keep_order(range(steps * options.batch_size))
-        train_model.evaluate(model, loader, precision, "")
+        train_model.evaluate(train_model.fold_norms(model), loader, precision, "")
 
     return train, evaluate
 

@@ -122,20 +122,21 @@ def test_predictions_are_those_of_a_forward_pass(finished, tested):
     model = tm.ArtClassifier(5)
     model.load_state_dict(checkpoint["model"])
     names = checkpoint["class_names"]
-    device, precision = tm.choose_device()
-    tm.to_device(model, device).eval()
+    model.eval()
+    close = 0.01  # half precision and folded norms against float32
     assert [row["path"] for row in predictions] == list(checkpoint["test"])
     for row in predictions:
         with Image.open(finished.folder / "small" / row["path"]) as image:
             pixels = torch.from_numpy(np.array(tm.centre(image, 64)))[None]
-        with torch.no_grad(), torch.autocast(device.type, precision, precision is not None):
-            share = model(tm.to_images(pixels, device))[0].softmax(0)
+        with torch.no_grad():
+            share = model(tm.to_images(pixels, torch.device("cpu")))[0].softmax(0)
         given = names.index(row["class"])
         assert row["class"] == finished.painted[row["path"]]
-        assert row["predicted"] == names[share.argmax()]
-        assert float(row["probability"]) == pytest.approx(share.max().item(), abs=5e-3)
-        assert float(row["class_probability"]) == pytest.approx(share[given].item(), abs=5e-3)
-        assert int(row["class_rank"]) == 1 + int((share > share[given]).sum())
+        assert share[names.index(row["predicted"])] >= share.max() - close
+        assert float(row["probability"]) == pytest.approx(share.max().item(), abs=close)
+        assert float(row["class_probability"]) == pytest.approx(share[given].item(), abs=close)
+        above, near = (share > share[given] + close).sum(), (share > share[given] - close).sum()
+        assert 1 + above <= int(row["class_rank"]) <= near
 
 
 def test_numbers_do_not_depend_on_batches_or_workers(tested, tmp_path):

@@ -55,6 +55,19 @@ def test_images_are_normalised_as_imagenet(model):
     torch.testing.assert_close(model.features(images), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_folding_the_norms_changes_nothing():
+    torch.manual_seed(4)
+    model = tm.to_device(tm.ArtClassifier(5), torch.device("cpu"))
+    images = torch.randint(0, 256, (3, 3, 96, 96), dtype=torch.uint8)
+    for _ in range(3):
+        model(images)  # moves the batch statistics from where they begin
+    folded = tm.fold_norms(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 53
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images), model.eval()(images), rtol=1e-3, atol=1e-4)
+
+
 def test_a_frozen_resnet_stays_as_it_is():
     torch.manual_seed(1)
     model = tm.ArtClassifier(3)

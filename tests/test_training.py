@@ -110,7 +110,7 @@ BAD_INPUT = [
     (["--attribute", "colour"], "'colour' needs colour_train.csv"),
     (["--lists-dir", "{}/other_lists"], "none of them is on disk"),
     (["--lists-dir", "{}/wrong_label"], "label 7"),
-    (["--lists-dir", "{}/half_lists"], "must hold each of style_class, style_val, style_train once, and has"),
+    (["--lists-dir", "{}/half_lists"], "must hold each of style_class, style_val, style_train once"),
     (["--epochs", "-1"], "EPOCHS must be a whole number .* not -1"),
     (["--epochs", "many"], "EPOCHS must be a whole number .* not 'many'"),
     (["--epochs", "1.5"], "EPOCHS must be a whole number .* not 1.5"),
