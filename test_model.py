@@ -36,7 +36,7 @@ OUTLIERS_PER_CLASS = 20  # rows a class in outliers.csv, the most doubtful first
 SHARED = ("DATA_DIR", "SMALL_DIR", "OUTPUT_DIR", "BATCH_SIZE", "WORKERS")
 SETTINGS = {name: train_model.SETTINGS[name] for name in SHARED}
 SETTINGS["OUTLIERS_PER_CLASS"] = OUTLIERS_PER_CLASS
-train_model.NUMBERS["OUTLIERS_PER_CLASS"] = (int, 0, 10**6)
+train_model.NUMBERS["OUTLIERS_PER_CLASS"] = (int, 1, 10**6)
 
 # ------------------------------------------------------------------------------------------ scores
 
@@ -81,7 +81,8 @@ def wilson(right, count):
     z, share = 1.959964, right / count
     middle = share + z * z / (2 * count)
     half = z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    shrink = 1 + z * z / count
+    return max(0.0, (middle - half) / shrink), min(1.0, (middle + half) / shrink)
 
 
 def yardsticks(paths, labels, artists):
@@ -120,7 +121,7 @@ def predict(paths, logits, labels, class_names):
 
 
 def find_outliers(predictions, class_names, most):
-    """Return the `most` paintings of each class that doubt the class they are given, by margin.
+    """Return, for each class, the `most` paintings of the largest margin, as a dictionary.
 
     The margin of the given label found planted labels where low confidence in general did not.
     """
@@ -359,11 +360,17 @@ def classify(model, class_names, image_size, precision, names):
     """
     files = []
     for name in map(Path, names):
-        inside = sorted(path for path in name.rglob("*") if train_model.is_picture(path.name))
+        inside = sorted(path for path in name.rglob("*") if path.is_file() and not any(
+            part.startswith(".") for part in path.relative_to(name).parts)
+            and train_model.is_picture(path.name))
         files += inside if name.is_dir() else [name]
+    if not files:
+        raise ValueError("there is no picture in what the command names")
     device, failed = next(model.parameters()).device, 0
     for file in files:
         try:
+            if file.exists() and not file.is_file():
+                raise ValueError("no regular file")
             with Image.open(io.BytesIO(train_model.encode_small(file))) as image:
                 pixels = np.array(train_model.centre(image, image_size))
         except Exception as error:  # of nearly any kind, from Pillow
@@ -372,12 +379,12 @@ def classify(model, class_names, image_size, precision, names):
             continue
         images = train_model.to_images(torch.from_numpy(pixels)[None], device)
         with torch.inference_mode(), torch.autocast(device.type, precision, precision is not None):
-            logits = model(images)
+            logits = model(images).cpu()
         best = logits[0].double().softmax(0).topk(min(5, len(class_names)))
         pairs = zip(best.values.tolist(), best.indices.tolist())
         named = [f"{shown(class_names[label])} {100 * share:.1f} %" for share, label in pairs]
         print(f"{shown(file)}: {', '.join(named)}")
-    if failed or not files:
+    if failed:
         raise ValueError(f"{failed} of {len(files)} pictures could not be read")
 
 
@@ -393,10 +400,6 @@ def judge(settings):
     class_names, image_size = checkpoint["class_names"], checkpoint["settings"]["IMAGE_SIZE"]
     model = train_model.ArtClassifier(len(class_names))
     train_model.load_state(model, checkpoint["model"], checkpoint_file)
-    with contextlib.suppress(OSError, ValueError):  # the epochs after the best, if they are here
-        later = train_model.load_checkpoint(checkpoint_file.with_name("model_last.pth"))["history"]
-        if later[: checkpoint["epoch"]] == checkpoint["history"]:
-            checkpoint["history"] = later
     device, precision = train_model.choose_device()
     model = train_model.fold_norms(train_model.to_device(model, device))
     if settings.pictures:
@@ -406,7 +409,8 @@ def judge(settings):
     train_model.check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
     places = train_model.match(listed, found)
     tested = {places[path]: found[places[path]] for path in listed if path in places}
-    bad = train_model.prepare(tested, settings.data_dir, settings.small_dir)
+    bad = train_model.by_the_first(
+        train_model.prepare, tested, settings.data_dir, settings.small_dir)
     paths = [path for path in listed if path in places and places[path] not in bad]
     if not paths:
         raise ValueError(f"none of the {len(listed):,} test paintings of {shown(checkpoint_file)} "
@@ -418,18 +422,25 @@ def judge(settings):
     loader = train_model.make_loader(paintings, batches, settings.workers, device)
     logits, labels = train_model.evaluate(model, loader, precision, "test")
 
+    if train_model.processes()[0]:  # the first process writes
+        return
     scores = score(logits, labels)
     guesses = yardsticks(paths, labels.tolist(), checkpoint["artists"])
     predictions = predict([places[path] for path in paths], logits, labels, class_names)
     outliers = find_outliers(predictions, class_names, settings.outliers_per_class)
-    columns = ("path", "class", "predicted", "probability", "class_probability", "class_rank")
-    train_model.write_table(settings.output_dir / "predictions.csv",
-                            [{column: row[column] for column in columns} for row in predictions])
-    columns = ("path", "class", "fits_better", "margin", "class_probability")
-    train_model.write_table(settings.output_dir / "outliers.csv",
-                            [{column: row[column] for column in columns}
-                             for rows in outliers.values() for row in rows])
+    train_model.write_table(
+        settings.output_dir / "predictions.csv",
+        ("path", "class", "predicted", "probability", "class_probability", "class_rank"),
+        predictions)
+    train_model.write_table(
+        settings.output_dir / "outliers.csv",
+        ("path", "class", "fits_better", "margin", "class_probability"),
+        [row for rows in outliers.values() for row in rows])
 
+    with contextlib.suppress(OSError, ValueError):  # the epochs after the best, if they are here
+        later = train_model.load_checkpoint(checkpoint_file.with_name("model_last.pth"))["history"]
+        if later[: checkpoint["epoch"]] == checkpoint["history"]:
+            checkpoint["history"] = later
     missing = len(listed) - len(paths)
     write_report(settings.output_dir / "report.html", checkpoint, scores, guesses, predictions,
                  outliers, settings.small_dir, missing)

@@ -32,21 +32,28 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
+from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+try:
     import torchvision
-except RuntimeError:  # A CPU build of torch beside a CUDA build of torchvision, whose C++ operators
-    # cannot load. Nothing here uses them; only their registration stops the import.
+except RuntimeError as error:  # A CPU build of torch beside a CUDA build of torchvision, whose C++
+    if "torchvision::" not in str(error):  # operators cannot load. Nothing here uses them.
+        raise
     sys.modules["torchvision._meta_registrations"] = types.ModuleType("_meta_registrations")
     import torchvision
 from torchvision.models import ResNet50_Weights, resnet50
@@ -98,7 +105,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # never EPS, which star
 SMALL_SIDE = 320  # short side of a small copy in pixels
 CENTRAL = 7 / 8  # share of the short side that evaluation looks at
 MAX_PIXELS = 100_000_000  # largest picture; baseline JPEGs, which decode to less, may be larger
-BIG_PIXELS = 25_000_000  # larger ones are decoded one at a time, to bound memory
+BIG_PIXELS = 4_000_000  # larger ones are decoded one at a time, to bound memory
 BIG_PICTURE = threading.Lock()
 CLOCK_STEP = 2 * 10**9  # ns; times of files closer than this are the same (FAT counts in 2 s)
 
@@ -106,9 +113,49 @@ CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each dir
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
 CLIP_NORM = 1.0  # largest norm of the gradient
 READ_EVERY = 20  # batches; reading losses oftener would hold up the device
-FORMAT = 1  # of the checkpoints
+FORMAT = 1  # of the checkpoints; what model_best.pth and model_last.pth hold at the least:
+TESTED = ("settings", "class_names", "epoch", "history", "sizes", "test", "artists", "model")
+RESUMED = (*TESTED, "split", "optimizer", "scaler")
 ROW = re.compile(r"(.+?),+\s*([0-9]+)\s*")  # of ArtGAN's lists: path,label or path,,label
 CLASS = re.compile(r"\s*([0-9]+)\s+(.+?)\s*")  # of its class files: index name
+
+# --------------------------------------------------------------------------------------- processes
+# One, or as many as torchrun starts. The first prepares and writes; all draw the same split.
+
+
+def join_processes():
+    """Join the processes that torchrun started, if it did, and take a GPU of one's own.
+
+    Raises ValueError if this machine has fewer GPUs than processes.
+    """
+    if "LOCAL_RANK" in os.environ:
+        if torch.cuda.is_available():
+            if torch.cuda.device_count() <= (place := int(os.environ["LOCAL_RANK"])):
+                raise ValueError(f"torchrun started more processes than the "
+                                 f"{torch.cuda.device_count()} GPUs here: lower --nproc-per-node")
+            torch.cuda.set_device(place)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(days=1))  # of preparing, say
+
+
+def processes():
+    """Return (number of this process, number of processes)."""
+    together = distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
+
+def gather(value):
+    """Return the values of all processes, in their order."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def by_the_first(function, *given):
+    """Return what the first process's function returns, to all processes."""
+    return gather(function(*given) if processes()[0] == 0 else None)[0]
+
 
 # --------------------------------------------------------------------------------------- paintings
 
@@ -198,10 +245,6 @@ def prepare(found, data_dir, small_dir):
 
     Raises OSError if a copy cannot be written.
     """
-    copies = list_pictures(small_dir) if small_dir.exists() else {}
-    outdated = [path for path, changed in found.items()
-                if abs((copies.get(small_name(path)) or 0) - (changed or math.inf)) > CLOCK_STEP]
-
     def make_copy(path):
         """Write the small copy of a painting; return None, or the reason why it is bad."""
         try:
@@ -215,15 +258,28 @@ def prepare(found, data_dir, small_dir):
         write_whole(small_dir / small_name(path), jpeg, found[path])
         return None
 
-    for style in {path.partition("/")[0] for path in outdated}:
-        (small_dir / style).mkdir(parents=True, exist_ok=True)
-    with ThreadPool(cores()) as pool:
+    small_dir.mkdir(parents=True, exist_ok=True)
+    with locked(small_dir), ThreadPool(cores()) as pool:
+        copies, never = list_pictures(small_dir), -math.inf
+        outdated = [path for path, changed in found.items() if changed is None
+                    or abs(copies.get(small_name(path), never) - changed) > CLOCK_STEP]
+        for folder in set(map(style, outdated)):
+            (small_dir / folder).mkdir(exist_ok=True)
         bar = tqdm(pool.imap(make_copy, outdated), "small copies", len(outdated), disable=None)
         bad = {path: reason for path, reason in zip(outdated, bar) if reason}
     print(f"small copies: {len(outdated) - len(bad):,} written, "
           f"{len(found) - len(outdated):,} were there already")
     report([f"{path} ({reason})" for path, reason in bad.items()], "pictures that cannot be used")
     return bad
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder until the end of the block, once no other process holds it (not on Windows)."""
+    with open(folder / ".lock", "wb") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cores():
@@ -251,7 +307,7 @@ def read_rows(path, row):
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(path)} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{shown(path)} is not UTF-8 text: {error}") from error
     rows = [match.groups() for line in lines if (match := row.fullmatch(line))]
     others = sum(map(bool, map(str.strip, lines))) - len(rows)
     print(f"{shown(path)}: {len(rows):,} rows" + (f", other lines: {others}" if others else ""))
@@ -261,25 +317,28 @@ def read_rows(path, row):
 def read_lists(lists_dir, attribute):
     """Read ArtGAN's lists of an attribute, in the form of its zip or of its repository.
 
-    Returns the class names and {"test": {path: label}, "train": {path: label}}, where test is what
-    ArtGAN calls val; or None where there are no lists. A path listed twice counts once, by its
-    first row; the test list is read first, so that it stays whole.
+    They stand in lists_dir, or in its folder Style, Artist, Genre. Returns the class names and
+    {"test": {path: label}, "train": {path: label}}, where test is what ArtGAN calls val; or None
+    where there are no lists. A path listed twice counts once, by its first row; the test list is
+    read first, so that it stays whole.
 
     Raises ValueError if a list is missing, is no list, or has a label without a class.
     """
     names = [f"{attribute}_class", f"{attribute}_val", f"{attribute}_train"]
-    files = [file for name in names for file in (lists_dir / (name + ".txt"),
-             lists_dir / (name + ".csv"), lists_dir / name) if file.is_file()]
+    files = [file for name in names for folder in (lists_dir, lists_dir / attribute.capitalize())
+             for end in (".txt", ".csv", "") if (file := folder / (name + end)).is_file()]
     if not files:
+        print(f"no {attribute} lists in {shown(lists_dir)}: classes and split are drawn without")
         return None
     if [file.stem for file in files] != names:
         raise ValueError(f"{shown(lists_dir)} must hold each of {', '.join(names)} once, and has "
                          f"{', '.join(shown(file.name) for file in files)}: see {ARTGAN}")
     class_file, test_file, train_file = files
 
-    names = {int(index): name for index, name in read_rows(class_file, CLASS)}
-    if not names or sorted(names) != list(range(len(names))):
-        raise ValueError(f"{shown(class_file)} must number its classes from 0, one a line")
+    rows = read_rows(class_file, CLASS)
+    names = {int(index): name for index, name in rows}
+    if not rows or sorted(names) != list(range(len(rows))) or len(set(names.values())) < len(rows):
+        raise ValueError(f"{shown(class_file)} must number different classes from 0, one per line")
     listed, repeated, folders = {"test": {}, "train": {}}, [], defaultdict(Counter)
     for part, file in (("test", test_file), ("train", train_file)):
         for path, label in read_rows(file, ROW):
@@ -293,7 +352,8 @@ def read_lists(lists_dir, attribute):
                 folders[int(label)][path.partition("/")[0]] += 1
     report(repeated, "rows that repeat a painting, passed over")
     if attribute == "style":  # goes by the folders' names: Art_Nouveau_Modern, not Art_Nouveau
-        names |= {label: count.most_common(1)[0][0] for label, count in folders.items()}
+        one = {label: next(iter(count)) for label, count in folders.items() if len(count) == 1}
+        names |= one if len(set((names | one).values())) == len(names) else {}
     return [names[label] for label in range(len(names))], listed
 
 
@@ -369,7 +429,7 @@ def label_paintings(found, attribute, lists_dir, min_paintings):
         class_names, labels = read_names(found, attribute, min_paintings)
     places = match(labels, found)
     report([path for path in labels if path not in places], "listed paintings that are not on disk")
-    report(sorted(found.keys() - set(places.values())), f"paintings without {attribute}")
+    report(sorted(found.keys() - set(places.values())), "paintings without a class")
     if lists and not places:
         raise ValueError(
             f"the {attribute} lists in {shown(lists_dir)} name {len(labels):,} paintings, and none "
@@ -377,8 +437,7 @@ def label_paintings(found, attribute, lists_dir, min_paintings):
             "together?")
     labels = {path: label for path, label in labels.items() if path in places}
     if len(set(labels.values())) < 2:
-        raise ValueError(f"there are paintings of {len(set(labels.values()))} {attribute} alone; "
-                         "to classify takes two")
+        raise ValueError(f"all paintings have the same {attribute}; a classifier needs two or more")
     return class_names, labels, places, tested
 
 
@@ -441,8 +500,7 @@ def split_paintings(labels, tested, group_by, seed):
     split = {part: {path: labels[path] for path in paths[part]} for part in PARTS}
     for part in PARTS:
         if not split[part]:
-            raise ValueError(f"{len(labels):,} paintings in {len(set(labels.values()))} classes "
-                             f"leave none for {part}")
+            raise ValueError(f"{len(labels):,} paintings are too few: {part} would be empty")
     learned = {file_name(path) for part in ("train", "validation") for path in split[part]}
     twins = [path for path in split["test"] if file_name(path) in learned]
     report(twins, "test paintings with the file name of one to learn from")
@@ -498,7 +556,7 @@ class ArtClassifier(nn.Module):
 
 
 def fold_norms(model):
-    """Return a copy for evaluation whose batch norms are folded into the convolutions: 1.2 x faster.
+    """Return a copy for evaluation, 1.2 times as fast: batch norms are folded into convolutions.
 
     Jacob et al. 2018 (arXiv 1712.05877), section 3.2; the function computed is the same.
     """
@@ -509,6 +567,7 @@ def fold_norms(model):
                 pair = getattr(module, conv), getattr(module, norm)
                 setattr(module, conv, fuse_conv_bn_eval(*pair))
                 setattr(module, norm, nn.Identity())
+    folded.lstm.flatten_parameters()  # cuDNN wants the copied weights in one piece
     return folded
 
 
@@ -527,7 +586,7 @@ def load_resnet(model, weights):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, path, path.stem.rpartition("-")[2])
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # of many kinds, from the network
             raise OSError(f"cannot download {url} ({error}): put that file at {shown(path)}, or "
                           "start without it by --weights none") from error
     tensors = load_tensors(path)
@@ -582,7 +641,10 @@ def seed_of(*parts):
 
 
 class Batches(list):
-    """The batches of the next pass over `Paintings`, as lists of its keys (index, epoch)."""
+    """The batches of the next pass over `Paintings`, as lists of its keys (index, epoch).
+
+    Each process has its share of every batch; `sizes` are those of the whole batches.
+    """
 
     def __init__(self, batch_size, seed=0):
         super().__init__()
@@ -598,7 +660,11 @@ class Batches(list):
         """Make the next pass take the indices as they come, in batches of nearly equal size."""
         steps = math.ceil(len(indices) / self.batch_size)
         cuts = [len(indices) * step // steps for step in range(steps + 1)]
-        self[:] = [[(index, epoch) for index in indices[start:end]]
+        self.sizes, (rank, count) = np.diff(cuts).tolist(), processes()
+        if min(self.sizes) < count:
+            raise ValueError(f"{count} processes cannot share {min(self.sizes)} paintings: raise "
+                             "BATCH_SIZE, or start fewer")
+        self[:] = [[(index, epoch) for index in indices[start + rank : end : count]]
                    for start, end in zip(cuts, cuts[1:])]
 
 
@@ -630,14 +696,16 @@ def choose_device():
     """
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
+        device = torch.device("cuda", torch.cuda.current_device())
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.device("cuda"), torch.bfloat16 if bf16 else torch.float16
+        return device, torch.bfloat16 if bf16 else torch.float16
     if torch.backends.mps.is_available():
         return torch.device("mps"), None
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
-        mallopt = ctypes.CDLL(None).mallopt  # keeps the memory of a step for the next instead of
-        mallopt(-4, 0)  # M_MMAP_MAX           giving it back to the system: training is 1.25 times
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD                                        as fast
+    # glibc, where it is, then keeps a step's memory for the next: 14.5 to 18.2 paintings/s
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
     instructions = torch.cpu.get_capabilities()
     bf16 = any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.device("cpu"), torch.bfloat16 if bf16 else None
@@ -651,7 +719,7 @@ def to_device(model, device):
 
 def to_images(pixels, device):
     """Move pixels (B, S, S, 3) uint8 to the device as images (B, 3, S, S), still uint8."""
-    return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return pixels.to(device, non_blocking=pixels.is_pinned()).permute(0, 3, 1, 2)
 
 
 def make_optimizer(model, learning_rate, backbone_rate, weight_decay):
@@ -682,9 +750,10 @@ def rate_at(progress, epochs, frozen_epochs, warmup_epochs):
 
 
 def progress_bar(loader, title):
-    """Return a bar that counts the paintings of a pass; none where the output is no terminal."""
-    count = sum(map(len, loader.batch_sampler))
-    return tqdm(desc=title, total=count, unit=" paintings", disable=None, leave=False)
+    """Return a bar that counts the paintings of a pass, those of other processes too."""
+    count = sum(loader.batch_sampler.sizes)
+    disable = True if processes()[0] else None  # None: where the output is no terminal
+    return tqdm(desc=title, total=count, unit=" paintings", disable=disable, leave=False)
 
 
 def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
@@ -694,16 +763,20 @@ def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
 
     Raises ValueError if a loss or a gradient is not finite.
     """
-    device = next(model.parameters()).device
-    total, count, unread = 0.0, 0, []
+    device, sizes = next(model.parameters()).device, loader.batch_sampler.sizes
+    count = processes()[1]
+    learner = DistributedDataParallel(model) if count > 1 else model
+    losses, unread = [], []
     with progress_bar(loader, title) as bar:
-        for batch, ((pixels, labels), share) in enumerate(zip(loader, shares), 1):
+        for batch, ((pixels, labels), share, size) in enumerate(zip(loader, shares, sizes), 1):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            images, labels = to_images(pixels, device), labels.to(device, non_blocking=True)
+            images = to_images(pixels, device)
+            labels = labels.to(device, non_blocking=labels.is_pinned())
             with torch.autocast(device.type, precision, enabled=precision is not None):
-                logits = model(images)
-            loss = nn.functional.cross_entropy(logits, labels)
+                logits = learner(images)
+            # the mean of the processes' gradients is to be that of the whole batch
+            loss = nn.functional.cross_entropy(logits, labels) * (len(labels) * count / size)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -711,43 +784,51 @@ def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
             scaler.update()
             optimizer.zero_grad()
             finite = loss.isfinite() & (norm.isfinite() | scaler.is_enabled())
-            unread.append((batch, len(labels), share, torch.stack((loss.detach(), finite))))
-            count += len(labels)
+            unread.append(torch.where(finite, loss.detach(), torch.nan))
             if len(unread) == READ_EVERY or batch == len(loader):
-                total += sum_losses(unread, title)
-                bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
+                losses += torch.stack(unread).tolist()  # waits for the device
                 unread = []
-            bar.update(len(labels))
-    return total / count
+                check_finite(losses, shares, scaler, title)
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            bar.update(size)
+    if count > 1:  # the batch norms of the first process are those that are saved
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
+    total = sum(loss * size / count for loss, size in zip(losses, sizes))
+    return sum(gather(total)) / sum(sizes)
 
 
-def sum_losses(unread, title):
-    """Return the summed loss of batches (number, size, share of the rate, (mean loss, finite)).
-
-    It waits for the device. Raises ValueError if a batch is not finite.
-    """
-    total, values = 0.0, torch.stack([values for *_, values in unread]).tolist()
-    for (batch, size, share, _), (loss, finite) in zip(unread, values):
-        if not finite:
-            raise ValueError(f"{title}, batch {batch}, at {share:.3f} of the peak learning rate: "
-                             f"the loss ({loss}) or its gradient is not finite; nothing of this "
-                             "epoch is kept; try a smaller LEARNING_RATE")
-        total += loss * size
-    return total
+def check_finite(losses, shares, scaler, title):
+    """Raise ValueError if a batch's loss is NaN, or fp16 skips every step for its gradient."""
+    wrong = [batch for batch, loss in enumerate(losses) if math.isnan(loss)]
+    if not wrong and scaler.is_enabled() and scaler.get_scale() < 1:
+        wrong = [len(losses) - 1]
+    if wrong:
+        raise ValueError(f"{title}, batch {wrong[0] + 1}, at {shares[wrong[0]]:.3f} of the peak "
+                         "learning rate: the loss or its gradient is not finite; nothing of this "
+                         "epoch is kept; try a smaller LEARNING_RATE")
 
 
 @torch.inference_mode()
 def evaluate(model, loader, precision, title):
-    """Return logits (N, classes) and labels (N), on the CPU, of all that the loader holds."""
+    """Return logits (N, classes) and labels (N), on the CPU, of a pass, in the order of indices.
+
+    Raises ValueError if a logit is not finite.
+    """
     device, logits, truth = next(model.parameters()).device, [], []
     model.eval()
     with progress_bar(loader, title) as bar:
-        for pixels, labels in loader:
+        for (pixels, labels), size in zip(loader, loader.batch_sampler.sizes):
             with torch.autocast(device.type, precision, enabled=precision is not None):
                 logits.append(model(to_images(pixels, device)))
             truth.append(labels)
-            bar.update(len(labels))
-    return torch.cat(logits).cpu(), torch.cat(truth)
+            bar.update(size)
+    indices = torch.tensor([index for batch in loader.batch_sampler for index, _ in batch])
+    parts = zip(*gather((indices, torch.cat(logits).cpu(), torch.cat(truth))))
+    indices, logits, truth = map(torch.cat, parts)
+    if not logits.isfinite().all():
+        raise ValueError(f"{title}: the model's outputs are not finite")
+    return logits[indices.argsort()], truth[indices.argsort()]
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -769,23 +850,23 @@ def write_whole(path, content, changed=None):
         if changed is not None:
             os.utime(temporary, ns=(changed, changed))
         os.replace(temporary, path)
-        if os.name == "posix":  # where the new name is on the disk only once its folder is
+        if changed is None and os.name == "posix":  # a new name lasts only once its folder does
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):  # torch.save hides an OSError behind a RuntimeError
-            raise
-        raise OSError(f"cannot write {shown(path)}: {reason.strerror or reason}") from error
+        for reason in (error, error.__context__):  # torch.save hides it behind a RuntimeError
+            if isinstance(reason, OSError):
+                raise OSError(f"cannot write {shown(path)}: {reason.strerror or reason}") from error
+        raise
 
 
-def write_table(path, rows):
-    """Write rows, dictionaries with the same keys, as CSV in UTF-8 with a header."""
+def write_table(path, columns, rows):
+    """Write these columns of rows, dictionaries, as CSV in UTF-8 with a header."""
     text = io.StringIO()
-    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
@@ -808,7 +889,7 @@ def load_tensors(path):
     elif archived:
         reason = "it is damaged, or holds more than tensors and plain values, which could run code"
     else:
-        reason = "it is cut off, or nothing that torch.save wrote"
+        reason = "it is cut off, or is no PyTorch file"
     raise ValueError(f"{shown(path)} is refused: {reason}")
 
 
@@ -820,6 +901,9 @@ def load_checkpoint(path):
     if checkpoint["format"] != FORMAT:
         raise ValueError(f"{shown(path)} is refused: its format is {checkpoint['format']}, and "
                          f"this version reads format {FORMAT}")
+    needed = RESUMED if path.name == "model_last.pth" else TESTED
+    if missing := [name for name in needed if name not in checkpoint]:
+        raise ValueError(f"{shown(path)} is refused: it lacks {', '.join(missing)}")
     return checkpoint
 
 
@@ -844,18 +928,38 @@ def kept_settings(settings):
 
 
 def save_run(run, model, optimizer, scaler, settings):
-    """Write model_last.pth, model_best.pth if this epoch is the best, and the tables beside them.
+    """Write model_last.pth, which holds all that going on takes, then the other files of a run."""
+    state = best_of(run, model, settings) | {
+        "split": run["split"], "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    last = settings.output_dir / "model_last.pth"
+    write_whole(last, lambda file: torch.save(state, file))
+    settings.saved = (f"epoch {state['epoch']} of {settings.epochs} is saved in {shown(last)}; the "
+                      f"same command{' without --fresh' * settings.fresh} goes on from there")
+    save_results(run, model, settings)
 
-    model_best.pth holds all that testing needs, model_last.pth also all that going on needs; it
-    comes first, so that a kill between the two can be made good.
+
+def save_results(run, model, settings):
+    """Write model_best.pth if the last epoch is the best, history.csv and class_names.txt.
+
+    All of it follows from model_last.pth, so that a kill between the files can be made good.
     """
     folder, accuracies = settings.output_dir, [row["validation_accuracy"] for row in run["history"]]
-    tested = {
+    if accuracies[-1] > max(accuracies[:-1], default=-1):
+        state = best_of(run, model, settings)
+        write_whole(folder / "model_best.pth", lambda file: torch.save(state, file))
+    write_table(folder / "history.csv", run["history"][0], run["history"])
+    names = "".join(f"{shown(name)}\n" for name in run["class_names"])
+    write_whole(folder / "class_names.txt", names.encode("utf-8"))
+
+
+def best_of(run, model, settings):
+    """Return what testing takes, on this machine or another, as plain values and tensors."""
+    return {
         "format": FORMAT,
         "settings": kept_settings(settings),
         "class_names": run["class_names"],
-        "epoch": len(accuracies),
-        "validation_accuracy": accuracies[-1],
+        "epoch": len(run["history"]),
+        "validation_accuracy": run["history"][-1]["validation_accuracy"],
         "history": run["history"],
         "sizes": {part: len(paintings) for part, paintings in run["split"].items()},
         "test": run["split"]["test"],
@@ -863,20 +967,6 @@ def save_run(run, model, optimizer, scaler, settings):
         "versions": {"torch": str(torch.__version__), "torchvision": torchvision.__version__},
         "model": model.state_dict(),
     }
-    going_on = {
-        "split": run["split"],
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
-    last = folder / "model_last.pth"
-    write_whole(last, lambda file: torch.save(tested | going_on, file))
-    if accuracies[-1] > max(accuracies[:-1], default=-1):
-        write_whole(folder / "model_best.pth", lambda file: torch.save(tested, file))
-    write_table(folder / "history.csv", run["history"])
-    names = "".join(f"{shown(name)}\n" for name in run["class_names"])
-    write_whole(folder / "class_names.txt", names.encode("utf-8"))
-    settings.saved = (f"epoch {len(accuracies)} of {settings.epochs} is saved in {shown(last)}; "
-                      "the same command goes on from there")
 
 
 def find_earlier_run(settings, class_names):
@@ -901,7 +991,7 @@ def find_earlier_run(settings, class_names):
 def move_aside(folder):
     """Move the files of an earlier run into previous-1, or the first such folder that is free."""
     files = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if files:
+    if any(file.suffix == ".pth" for file in files):
         numbers = range(1, 10**6)
         place = next(place for number in numbers
                      if not (place := folder / f"previous-{number}").exists())
@@ -950,6 +1040,9 @@ def run_script(work, parser, settings, argv):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
+        join_processes()
+        if processes()[0]:
+            sys.stdout = io.StringIO()  # the first process speaks for all
         for name, value in settings.items():
             if hasattr(options, name.lower()):
                 value = getattr(options, name.lower())
@@ -961,16 +1054,18 @@ def run_script(work, parser, settings, argv):
     except KeyboardInterrupt:
         print("stopped:", options.saved or "nothing is lost", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError:
-        smaller = max(1, options.batch_size // 2)
-        message = f"out of GPU memory: try a smaller BATCH_SIZE, such as --batch-size {smaller}"
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except RuntimeError as error:  # of CUDA, MPS, cuDNN, the CPU, or a worker
+        message = shown(str(error).strip().partition("\n")[0])
+        if re.search("out of memory|ALLOC_FAILED|can't allocate", str(error)):
+            smaller = max(1, options.batch_size // 2)
+            message += f": try a smaller BATCH_SIZE, such as --batch-size {smaller}"
+        elif re.search("DataLoader worker .pid|shared memory|Too many open files", str(error)):
+            message += ": try --workers 0, which loads without worker processes"
+        else:
             raise
-        message = f"{shown(error)} (--workers 0 goes without worker processes)"
     except (ValueError, OSError) as error:
         message = str(error).strip().rpartition("\n")[2]  # the last line of a worker's traceback
-    print(f"error: {shown(message)}", options.saved and f"({options.saved})", file=sys.stderr)
+    print(f"error: {shown(message)}{options.saved and f' ({options.saved})'}", file=sys.stderr)
     return 1
 
 
@@ -996,7 +1091,7 @@ def train(settings):
     data_dir, small_dir, output_dir = settings.data_dir, settings.small_dir, settings.output_dir
     if settings.group_by not in ("painting", "artist"):
         raise ValueError(f"GROUP_BY must be painting or artist, not {settings.group_by!r}")
-    if settings.group_by == settings.attribute:
+    if settings.group_by == settings.attribute == "artist":
         raise ValueError("GROUP_BY artist keeps artists apart, so they cannot be the ATTRIBUTE")
     found = find_paintings(data_dir)
     check_folders(data_dir, small_dir, output_dir)
@@ -1008,29 +1103,38 @@ def train(settings):
         model = ArtClassifier(len(class_names), settings.dropout)
         if earlier := find_earlier_run(settings, class_names):
             run = earlier
-            load_state(model, run["model"], output_dir / "model_last.pth")
+            load_state(model, run.pop("model"), output_dir / "model_last.pth")
         else:
             load_resnet(model, settings.weights)
 
-    bad = prepare(found, data_dir, small_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(f"{shown(path)}\t{reason}\n" for path, reason in bad.items())
-    write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
+    bad = by_the_first(prepare, found, data_dir, small_dir)
+    by_the_first(write_bad_files, bad, output_dir)
+    gone = list_pictures(small_dir).keys() - set(map(small_name, found))
+    report(sorted(gone), "small copies whose painting is gone")
     labels = {path: label for path, label in labels.items() if places[path] not in bad}
-    if "split" in run:
-        run["split"] = still_there(run["split"], labels)
-    else:
+    if "split" not in run:
         run["split"] = split_paintings(labels, tested, settings.group_by, settings.seed)
         run["artists"] = commonest_classes(run["split"])
-    sizes = ", ".join(f"{len(run['split'][part]):,} {part}" for part in PARTS)
+    split = still_there(run["split"], labels)
+    sizes = ", ".join(f"{len(split[part]):,} {part}" for part in PARTS)
     print(f"split: {sizes} paintings in {len(class_names)} classes")
     used = set(labels.values())
     report([name for label, name in enumerate(class_names) if label not in used],
            "classes without a painting")
+    if len(set(gather(seed_of(split, len(run["history"]))))) > 1:
+        raise ValueError("the processes see different paintings or checkpoints: the folders of the "
+                         "settings must be the same on all machines")
     if settings.epochs:
         if settings.fresh:
-            move_aside(output_dir)
-        fit(model, run, places, settings)
+            by_the_first(move_aside, output_dir)
+        fit(model, run, split, places, settings)
+
+
+def write_bad_files(bad, output_dir):
+    """Write {path: reason} of the pictures that cannot be used into bad_files.txt."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{shown(path)}\t{reason}\n" for path, reason in bad.items())
+    write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
 
 
 def find_paintings(data_dir):
@@ -1058,17 +1162,23 @@ def commonest_classes(split):
 
 
 def still_there(split, labels):
-    """Return an earlier split without the paintings that are gone; print what is gone or new."""
+    """Return a split without the paintings that are gone since; print what is gone or new.
+
+    Raises ValueError if a part is empty.
+    """
     known = {path for paintings in split.values() for path in paintings}
     report(sorted(known - labels.keys()), "paintings of the run that are gone")
     report(sorted(labels.keys() - known), "paintings that are new since the run began, left out")
-    return {part: {path: label for path, label in paintings.items() if path in labels}
+    left = {part: {path: label for path, label in paintings.items() if path in labels}
             for part, paintings in split.items()}
+    if empty := [part for part in PARTS if not left[part]]:
+        raise ValueError(f"no painting is left for {', '.join(empty)}: is DATA_DIR right?")
+    return left
 
 
-def fit(model, run, places, settings):
+def fit(model, run, split, places, settings):
     """Train from where the run stands to the last epoch, saving each before the next begins."""
-    epochs, history, train_count = settings.epochs, run["history"], len(run["split"]["train"])
+    epochs, history, train_count = settings.epochs, run["history"], len(split["train"])
     device, precision = choose_device()
     pretrained = settings.weights != "none"
     frozen_epochs = settings.frozen_epochs if pretrained else 0
@@ -1077,20 +1187,23 @@ def fit(model, run, places, settings):
     optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
 
-    paintings = run["split"]["train"] | run["split"]["validation"]
+    paintings = split["train"] | split["validation"]
     pixels = Paintings(settings.small_dir, [places[path] for path in paintings],
                        list(paintings.values()), settings.image_size, settings.seed)
     batches = Batches(settings.batch_size, settings.seed)
     loader = make_loader(pixels, batches, settings.workers, device)
     if history:
-        optimizer.load_state_dict(run["optimizer"])
-        scaler.load_state_dict(run["scaler"])
-        save_run(run, model, optimizer, scaler, settings)  # makes a kill between its files good
-        print(settings.saved)
-    print(f"training on {device} in {precision or torch.float32}, {loader.num_workers} loaders")
+        optimizer.load_state_dict(run.pop("optimizer"))
+        if state := run.pop("scaler"):  # empty where the earlier device went without
+            scaler.load_state_dict(state)
+        by_the_first(save_results, run, model, settings)  # makes a kill between two files good
+        settings.saved = f"epoch {len(history)} is saved in {shown(settings.output_dir)}"
+        print(f"going on after epoch {len(history)}" if len(history) < epochs else
+              f"all {len(history)} epochs are trained; a larger EPOCHS trains further")
+    print(f"device {device}, {precision or torch.float32}, loader processes {loader.num_workers}")
     for epoch in range(len(history) + 1, epochs + 1):
         title, begun = f"epoch {epoch}/{epochs}", time.perf_counter()
-        torch.manual_seed(seed_of(settings.seed, epoch))  # of dropout
+        torch.manual_seed(seed_of(settings.seed, epoch) + processes()[0])  # of dropout
         model.start_training(frozen=epoch <= frozen_epochs)
         batches.shuffle(range(train_count), epoch)
         steps = [epoch - 1 + (step + 0.5) / len(batches) for step in range(len(batches))]
@@ -1109,7 +1222,7 @@ def fit(model, run, places, settings):
             "paintings_per_second": speed,
             "seconds": time.perf_counter() - begun,
         })
-        save_run(run, model, optimizer, scaler, settings)
+        by_the_first(save_run, run, model, optimizer, scaler, settings)
         print(f"{title}: training loss {loss:.3f}, validation loss "
               f"{history[-1]['validation_loss']:.3f}, validation accuracy {accuracy:.2%}, "
               f"{speed:,.1f} paintings/s, {history[-1]['seconds']:.0f} s")

@@ -13,6 +13,7 @@ import torch
 
 import test_model
 import train_model as tm
+from tests.paintings import paint_artgan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,13 +63,16 @@ def test_a_continued_run_is_the_run_never_stopped(finished, tmp_path, capsys, wo
     """Stopped in the middle of epoch 2 and continued, also with other workers: bit for bit."""
     flags = [*finished.flags, "--output-dir", str(tmp_path), "--epochs", "2"]
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    real, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def stop_in_the_sixth_step(*given):
+        steps.append(1)
+        if len(steps) == 6:  # 4 steps are an epoch
+            raise KeyboardInterrupt
+        return real(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        real, calls = tm.sum_losses, []
-        patch.setattr(tm, "sum_losses",
-                      lambda *given: stop() if calls else calls.append(1) or real(*given))
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", stop_in_the_sixth_step)
         assert tm.main([*flags, "--workers", "1"]) == 130
     assert "stopped: epoch 1 of 2 is saved in" in capsys.readouterr().err
     assert tm.load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 1
@@ -122,6 +126,38 @@ def test_new_and_gone_paintings_are_said(copied, capsys, finished, tmp_path):
     assert f"paintings of the run that are gone: 1 ({gone})" in printed
     assert "new since the run began, left out: 1 (Cubism/new_one.jpg)" in printed
     assert "split: 29 train, 5 validation, 5 test" in printed
+
+
+def test_the_wrong_folder_loses_nothing(copied, capsys, tmp_path):
+    """The same styles, other paintings: an error; and the right folder goes on as if never left."""
+    out, flags = copied
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".pth"}
+    paint_artgan(tmp_path / "wrong", each=3, size=(60, 50), seed=5)
+    for path in list((tmp_path / "wrong").rglob("*.jpg")):
+        path.rename(path.with_name(f"other-{path.name}"))
+    wrong = [*flags, "--data-dir", str(tmp_path / "wrong"), "--small-dir", str(tmp_path / "small")]
+    assert tm.main([*wrong, "--epochs", "3"]) == 1
+    assert "error: no painting is left for train, validation, test" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()
+                      if path.suffix == ".pth"}
+    assert tm.main([*flags, "--epochs", "3"]) == 0
+    assert "split: 30 train, 5 validation, 5 test" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so_and_stays(copied, capsys):
+    out, flags = copied
+    before = (out / "model_last.pth").read_bytes()
+    assert tm.main([*flags, "--epochs", "2"]) == 0
+    assert "all 2 epochs are trained; a larger EPOCHS trains further" in capsys.readouterr().out
+    assert (out / "model_last.pth").read_bytes() == before
+
+
+def test_a_run_begun_without_a_scaler_goes_on_with_one(copied, monkeypatch):
+    """As from a GPU with bf16 to one that has fp16 alone."""
+    out, flags = copied
+    monkeypatch.setattr(tm, "choose_device", lambda: (torch.device("cpu"), torch.float16))
+    assert tm.main([*flags, "--epochs", "3"]) == 0
+    assert tm.load_checkpoint(out / "model_last.pth")["scaler"]["scale"] > 0
 
 
 def test_fresh_moves_the_earlier_run_aside(copied, capsys):
@@ -216,6 +252,8 @@ def damage(path, kind):
         torch.save([1, 2], path)
     elif kind == "format":
         torch.save({**checkpoint, "format": 99}, path)
+    elif kind == "no names":
+        torch.save({name: checkpoint[name] for name in checkpoint if name != "class_names"}, path)
     elif kind == "missing tensor":
         weights.pop("linear.bias")
     elif kind == "extra tensor":
@@ -229,10 +267,11 @@ def damage(path, kind):
 
 
 REASONS = {
-    "cut": "cut off", "empty": "cut off", "text": "cut off, or nothing that torch.save",
+    "cut": "cut off", "empty": "cut off", "text": "cut off, or is no PyTorch",
     "flipped": "damaged .the checksum", "hostile": "could run code", "hostile pickle": "refused",
     "whole model": "could run code", "plain tensors": "did not write it",
     "list": "did not write it", "format": "format is 99",
+    "no names": "lacks class_names",
     "missing tensor": "linear.bias", "extra tensor": "linear.more",
     "shape": "linear.bias", "nan": "linear.bias",
 }

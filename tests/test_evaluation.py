@@ -1,6 +1,7 @@
 """Testing: metrics against scikit-learn, predictions, outliers, one's own pictures."""
 
 import csv
+import os
 import re
 import shutil
 import warnings
@@ -244,6 +245,10 @@ def test_ones_own_pictures(finished, tested, tmp_path, capsys):
     (tmp_path / "some/more").mkdir(parents=True)
     Image.open(original).convert("RGBA").save(tmp_path / "some/more/x y.png")
     (tmp_path / "some/notes.txt").write_text("passed over")
+    (tmp_path / "some/folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "some/pipe.jpg")
+    (tmp_path / "some/.ipynb_checkpoints").mkdir()
+    shutil.copy(original, tmp_path / "some/.ipynb_checkpoints")
     assert test_model.main([*flags, str(original), str(tmp_path / "some")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[1].startswith(f"{tmp_path}/some/more/x y.png: ")
@@ -256,13 +261,20 @@ def test_ones_own_pictures(finished, tested, tmp_path, capsys):
 def test_a_bad_picture_does_not_stop_the_others(finished, tested, tmp_path, capsys):
     _, flags, predictions, _ = tested
     (tmp_path / "bad.jpg").write_text("text")
+    os.mkfifo(tmp_path / "pipe.jpg")
     good = str(finished.folder / "wikiart" / predictions[0]["path"])
-    assert test_model.main([*flags, str(tmp_path / "bad.jpg"), good, "nowhere.jpg"]) == 1
+    names = [str(tmp_path / "bad.jpg"), good, "nowhere.jpg", str(tmp_path / "pipe.jpg")]
+    assert test_model.main([*flags, *names]) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith(good) and len(captured.out.splitlines()) == 1
     assert f"{tmp_path}/bad.jpg: " in captured.err and "nowhere.jpg: " in captured.err
     last = captured.err.strip().splitlines()[-1]
-    assert last == "error: 2 of 3 pictures could not be read"
+    assert last == "error: 3 of 4 pictures could not be read"
+
+
+def test_nothing_to_classify_is_an_error(tested, tmp_path, capsys):
+    assert test_model.main([*tested[1], str(tmp_path)]) == 1
+    assert "error: there is no picture in" in capsys.readouterr().err
 
 
 def test_quick_flags_are_those_of_the_script():

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import unicodedata
@@ -76,6 +77,29 @@ def test_small_copies_follow_the_originals(tmp_path, capsys):
     assert "2 written, 2 were there" in capsys.readouterr().out
     assert Image.open(small / "A/large.jpg").getpixel((9, 9))[2] > 240
     assert "B/tiny.jpg" not in tm.list_pictures(data)
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 10**9])
+def test_originals_of_any_age_are_copied_once(tmp_path, capsys, seconds):
+    jpeg(tmp_path / "wikiart/A/old.jpg")
+    os.utime(tmp_path / "wikiart/A/old.jpg", (seconds, seconds))
+    for written in (1, 0):
+        found = tm.list_pictures(tmp_path / "wikiart")
+        assert tm.prepare(found, tmp_path / "wikiart", tmp_path / "small") == {}
+        assert f"{written} written" in capsys.readouterr().out
+    assert tm.list_pictures(tmp_path / "small") == found
+
+
+def test_two_processes_prepare_one_after_the_other(tmp_path):
+    """Both end well, and what the one has copied the other takes."""
+    paint_artgan(tmp_path / "wikiart", each=20, size=(700, 600))
+    flags = [*folders(tmp_path), "--epochs", "0"]
+    runs = [subprocess.Popen([sys.executable, "train_model.py", *flags], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    outputs = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    written = [int(re.search(r"copies: (\d+) written", out)[1]) for out, _ in outputs]
+    assert sum(written) == 100 and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_names_of_small_copies_never_meet():
@@ -201,7 +225,15 @@ def write_repository_form(folder):
     (folder / "genre_class").write_text("0 portrait\n1 still life\n")
 
 
-@pytest.mark.parametrize("write", [write_zip_form, write_repository_form])
+def write_repository_folders(folder):
+    write_repository_form(folder)
+    (folder / "Genre").mkdir()
+    for path in folder.glob("genre_*"):
+        path.rename(folder / "Genre" / path.name)
+
+
+@pytest.mark.parametrize("write", [write_zip_form, write_repository_form,
+                                   write_repository_folders])
 def test_both_forms_of_lists_are_read(tmp_path, write):
     write(tmp_path / "lists")
     class_names, listed = tm.read_lists(tmp_path / "lists", "genre")
@@ -217,6 +249,18 @@ def test_the_first_row_of_a_painting_counts(tmp_path, capsys):
     assert "rows that repeat a painting, passed over: 3 (" in capsys.readouterr().out
 
 
+def test_classes_of_ones_own_keep_their_names(tmp_path):
+    write_lists(tmp_path, "style", ["Modern", "Old"],
+                [("Baroque/x.jpg", 1), ("Cubism/y.jpg", 0)], [("Baroque/z.jpg", 0)])
+    assert tm.read_lists(tmp_path, "style")[0] == ["Modern", "Baroque"]
+    rows = [("Baroque/x.jpg", 1)], [("Baroque/y.jpg", 0)]
+    write_lists(tmp_path, "style", ["Modern", "Old"], *rows)
+    assert tm.read_lists(tmp_path, "style")[0] == ["Modern", "Old"]
+    (tmp_path / "style_class.txt").write_text("0 a\n0 b\n1 c\n")
+    with pytest.raises(ValueError, match="must number different classes"):
+        tm.read_lists(tmp_path, "style")
+
+
 def test_styles_are_named_as_their_folders(tmp_path):
     write_lists(tmp_path, "style", ["Art_Nouveau", "Cubism"],
                 [("Art_Nouveau_Modern/x.jpg", 0), ("Cubism/y.jpg", 1)], [("Cubism/z.jpg", 1)])
@@ -230,7 +274,7 @@ def test_missing_paintings_are_counted_and_named(tmp_path, capsys):
     assert labels == {NAMES[0]: 0, NAMES[2]: 1} and tested == {NAMES[2]}
     out = capsys.readouterr().out
     assert f"listed paintings that are not on disk: 1 ({NAMES[1]})" in out
-    assert "paintings without genre: 1 (Cubism/extra.jpg)" in out
+    assert "paintings without a class: 1 (Cubism/extra.jpg)" in out
 
 
 def test_artists_without_lists_need_enough_paintings():
@@ -413,7 +457,7 @@ def test_the_counts_of_a_whole_check(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "50 paintings in" in out
     assert f"listed paintings that are not on disk: 1 ({paths[1]})" in out
-    assert "paintings without style: 1 (Cubism/unlisted_x.jpg)" in out
+    assert "paintings without a class: 1 (Cubism/unlisted_x.jpg)" in out
     assert "small copies: 49 written, 0 were there already" in out
     assert f"pictures that cannot be used: 1 ({paths[0]}" in out
     assert "split: 34 train, 5 validation, 9 test paintings in 5 classes" in out
@@ -424,7 +468,7 @@ def test_the_counts_of_a_whole_check(tmp_path, capsys):
 
 def test_tables_are_utf8_csv(tmp_path):
     rows = [{"path": "A/x,\"y\"\n.jpg", "n": 1}, {"path": "A/\udce9é.jpg", "n": 2}]
-    tm.write_table(tmp_path / "t.csv", rows)
+    tm.write_table(tmp_path / "t.csv", ("path", "n"), rows)
     with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
         read = list(csv.DictReader(file))
     assert [row["path"] for row in read] == ["A/x,\"y\"\n.jpg", "A/\\udce9é.jpg"]
