@@ -64,14 +64,14 @@ from torchvision.transforms import v2
 
 EPOCHS = 20  # passes over the training paintings; 0 checks and prepares the data only
 ATTRIBUTE = "style"  # what to learn: style, artist, genre, or another that LISTS_DIR has lists of
-DATA_DIR = "wikiart"  # the unzipped originals, one folder a style; never written to
+DATA_DIR = "wikiart"  # the unzipped originals, one folder per style; never written to
 LISTS_DIR = "wikiart_csv"  # ArtGAN's lists, used when they are there
 SMALL_DIR = "wikiart_small"  # the small copies, and nothing else
 OUTPUT_DIR = "."  # checkpoints, class_names.txt, history.csv, bad_files.txt
 GROUP_BY = "painting"  # "artist" keeps all paintings of an artist in one part of the split
 MIN_PAINTINGS = 100  # fewest paintings of an artist that make a class, where there are no lists
 WEIGHTS = "imagenet"  # where the ResNet starts: "imagenet" (a 98 MB download), "none", or a file
-BATCH_SIZE = 64  # paintings a step; a smaller number needs less memory
+BATCH_SIZE = 64  # paintings per step, of all processes; a smaller number needs less memory
 IMAGE_SIZE = 224  # height and width of what the model sees, in pixels, 64 to 280
 LEARNING_RATE = 1e-3  # peak rate of the LSTM and the linear layer
 BACKBONE_RATE = 0.1  # the ResNet's rate as a share of that, where it starts pretrained
@@ -79,7 +79,7 @@ FROZEN_EPOCHS = 1  # epochs at the start that leave a pretrained ResNet as it is
 WARMUP_EPOCHS = 0.5  # linear warm-up at the start, and again where the ResNet thaws, in epochs
 WEIGHT_DECAY = 0.05  # of AdamW, on matrices and convolutions
 DROPOUT = 0.3  # share of the LSTM's averaged outputs that training zeroes
-WORKERS = -1  # processes that load pictures; 0 loads in the main one, -1 suits the machine
+WORKERS = -1  # processes that load pictures; 0 loads in the main process, -1 chooses
 SEED = 0  # of the split, the order, the crops and the first weights
 
 SETTINGS = {name: value for name, value in list(globals().items()) if name.isupper()}
@@ -112,7 +112,7 @@ CLOCK_STEP = 2 * 10**9  # ns; times of files closer than this are the same (FAT 
 CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each direction
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
 CLIP_NORM = 1.0  # largest norm of the gradient
-READ_EVERY = 20  # batches; reading losses oftener would hold up the device
+READ_EVERY = 20  # batches; reading losses more often would hold up the device
 FORMAT = 1  # of the checkpoints; what model_best.pth and model_last.pth hold at the least:
 TESTED = ("settings", "class_names", "epoch", "history", "sizes", "test", "artists", "model")
 RESUMED = (*TESTED, "split", "optimizer", "scaler")
@@ -1146,7 +1146,7 @@ def find_paintings(data_dir):
     found = list_pictures(data_dir)
     if not found:
         raise ValueError(f"{shown(data_dir)} has no picture in its folders: it must hold a folder "
-                         "a style, with the pictures in them, as ArtGAN's wikiart.zip does")
+                         "per style, with the pictures in them, as ArtGAN's wikiart.zip does")
     print(f"{len(found):,} paintings in {shown(data_dir)}")
     return found
 
