@@ -260,9 +260,10 @@ def prepare(found, data_dir, small_dir):
 
     small_dir.mkdir(parents=True, exist_ok=True)
     with locked(small_dir), ThreadPool(cores()) as pool:
-        copies, never = list_pictures(small_dir), -math.inf
-        outdated = [path for path, changed in found.items() if changed is None
-                    or abs(copies.get(small_name(path), never) - changed) > CLOCK_STEP]
+        copied = list_pictures(small_dir)
+        outdated = [path for path, changed in found.items()
+                    if None in (changed, when := copied.get(small_name(path)))
+                    or abs(when - changed) > CLOCK_STEP]
         for folder in set(map(style, outdated)):
             (small_dir / folder).mkdir(exist_ok=True)
         bar = tqdm(pool.imap(make_copy, outdated), "small copies", len(outdated), disable=None)
@@ -437,7 +438,8 @@ def label_paintings(found, attribute, lists_dir, min_paintings):
             "together?")
     labels = {path: label for path, label in labels.items() if path in places}
     if len(set(labels.values())) < 2:
-        raise ValueError(f"all paintings have the same {attribute}; a classifier needs two or more")
+        raise ValueError(f"a classifier needs two classes, and {attribute} has "
+                         f"{len(set(labels.values()))} with enough paintings")
     return class_names, labels, places, tested
 
 

@@ -105,7 +105,8 @@ def small_artgan(tmp_path_factory):
 BAD_INPUT = [
     (["--data-dir", "{}/nowhere"], "no folder .*nowhere.*ArtGAN.*tests/demo.py"),
     (["--data-dir", "{}/empty"], "no picture in its folders"),
-    (["--data-dir", "{}/single"], "the same style"),
+    (["--data-dir", "{}/single"], "needs two classes, and style has 1"),
+    (["--attribute", "artist"], "needs two classes, and artist has 0"),
     (["--attribute", "genre"], "genre_train.csv.*https://github.com/cs-chan/ArtGAN"),
     (["--attribute", "colour"], "'colour' needs colour_train.csv"),
     (["--lists-dir", "{}/other_lists"], "none of them is on disk"),
