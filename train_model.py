@@ -1052,6 +1052,8 @@ def run_script(work, parser, settings, argv):
                     value = ast.literal_eval(value) if name in NUMBERS else value
             setattr(options, name.lower(), check_setting(name, value))
         work(options)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         print("stopped:", options.saved or "nothing is lost", file=sys.stderr)
