@@ -9,6 +9,7 @@ planted. Uniform flips go to any other style that has paintings; most-confused f
 style that a model without flips takes the true one for most often.
 """
 
+import argparse
 import csv
 import sys
 import tempfile
@@ -69,8 +70,13 @@ def describe(kind, rows, planted):
 
 def main():
     """Run the measurement."""
-    data_dir, lists_dir, *flags = sys.argv[1:]
-    class_names, listed = train_model.read_lists(Path(lists_dir), "style")
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="All flags are those of train_model.py.")
+    parser.add_argument("data_dir")
+    parser.add_argument("lists_dir", type=Path)
+    options, flags = parser.parse_known_args()
+    data_dir = options.data_dir
+    class_names, listed = train_model.read_lists(options.lists_dir, "style")
     used = sorted(set(listed["train"].values()) | set(listed["test"].values()))
     with tempfile.TemporaryDirectory() as name:
         rows = train_and_test(data_dir, class_names, listed, Path(name, "plain"), flags)
