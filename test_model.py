@@ -393,72 +393,80 @@ def classify(model, class_names, image_size, precision, names):
 
 def judge(settings):
     """Score the best checkpoint, or classify the pictures that the command line names."""
-    checkpoint_file = settings.output_dir / "model_best.pth"
-    if not checkpoint_file.exists():
-        raise FileNotFoundError(f"there is no {shown(checkpoint_file)}: run train_model.py first")
-    checkpoint = train_model.load_checkpoint(checkpoint_file)
+    file = settings.output_dir / "model_best.pth"
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {shown(file)}: run train_model.py first")
+    checkpoint = train_model.load_checkpoint(file)
     class_names, image_size = checkpoint["class_names"], checkpoint["settings"]["IMAGE_SIZE"]
     model = train_model.ArtClassifier(len(class_names))
-    train_model.load_state(model, checkpoint["model"], checkpoint_file)
+    train_model.load_state(model, checkpoint["model"], file)
     device, precision = train_model.choose_device()
     model = train_model.fold_norms(train_model.to_device(model, device))
     if settings.pictures:
         return classify(model, class_names, image_size, precision, settings.pictures)
 
-    found, listed = train_model.find_paintings(settings.data_dir), checkpoint["test"]
     train_model.check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
-    places = train_model.match(listed, found)
-    tested = {places[path]: found[places[path]] for path in listed if path in places}
-    bad = train_model.by_the_first(
-        train_model.prepare, tested, settings.data_dir, settings.small_dir)
-    paths = [path for path in listed if path in places and places[path] not in bad]
-    if not paths:
-        raise ValueError(f"none of the {len(listed):,} test paintings of {shown(checkpoint_file)} "
-                         f"is in {shown(settings.data_dir)}")
-    paintings = train_model.Paintings(settings.small_dir, [places[path] for path in paths],
-                                      [listed[path] for path in paths], image_size)
+    places = find_test_list(checkpoint["test"], settings)
+    labels = [checkpoint["test"][path] for path in places]
+    paintings = train_model.Paintings(settings.small_dir, places.values(), labels, image_size)
     batches = train_model.Batches(settings.batch_size)
-    batches.keep_order(range(len(paths)))
+    batches.keep_order(range(len(paintings)))
     loader = train_model.make_loader(paintings, batches, settings.workers, device)
     logits, labels = train_model.evaluate(model, loader, precision, "test")
+    if train_model.processes()[0] == 0:  # the first process writes
+        write_results(checkpoint, places, logits, labels, settings)
 
-    if train_model.processes()[0]:  # the first process writes
-        return
+
+def find_test_list(listed, settings):
+    """Return {path: path on disk} of the test paintings that are there and can be read.
+
+    Raises ValueError if there is none of them.
+    """
+    found = train_model.find_paintings(settings.data_dir)
+    places = train_model.match(listed, found)
+    tested = {place: found[place] for place in places.values()}
+    bad = train_model.by_the_first(
+        train_model.prepare, tested, settings.data_dir, settings.small_dir)
+    there = {path: places[path] for path in listed if path in places and places[path] not in bad}
+    if not there:
+        raise ValueError(f"none of the {len(listed):,} test paintings is in "
+                         f"{shown(settings.data_dir)}, which begins with {shown(min(found))}")
+    return there
+
+
+def write_results(checkpoint, places, logits, labels, settings):
+    """Write predictions.csv, outliers.csv and report.html, and print the scores."""
+    folder, class_names = settings.output_dir, checkpoint["class_names"]
     scores = score(logits, labels)
-    guesses = yardsticks(paths, labels.tolist(), checkpoint["artists"])
-    predictions = predict([places[path] for path in paths], logits, labels, class_names)
+    guesses = yardsticks(list(places), labels.tolist(), checkpoint["artists"])
+    predictions = predict(places.values(), logits, labels, class_names)
     outliers = find_outliers(predictions, class_names, settings.outliers_per_class)
-    train_model.write_table(
-        settings.output_dir / "predictions.csv",
-        ("path", "class", "predicted", "probability", "class_probability", "class_rank"),
-        predictions)
-    train_model.write_table(
-        settings.output_dir / "outliers.csv",
-        ("path", "class", "fits_better", "margin", "class_probability"),
-        [row for rows in outliers.values() for row in rows])
-
+    columns = ("path", "class", "predicted", "probability", "class_probability", "class_rank")
+    train_model.write_table(folder / "predictions.csv", columns, predictions)
+    columns = ("path", "class", "fits_better", "margin", "class_probability")
+    train_model.write_table(folder / "outliers.csv", columns, sum(outliers.values(), []))
     with contextlib.suppress(OSError, ValueError):  # the epochs after the best, if they are here
-        later = train_model.load_checkpoint(checkpoint_file.with_name("model_last.pth"))["history"]
+        later = train_model.load_checkpoint(folder / "model_last.pth")["history"]
         if later[: checkpoint["epoch"]] == checkpoint["history"]:
             checkpoint["history"] = later
-    missing = len(listed) - len(paths)
-    write_report(settings.output_dir / "report.html", checkpoint, scores, guesses, predictions,
-                 outliers, settings.small_dir, missing)
+    missing = len(checkpoint["test"]) - len(places)
+    write_report(folder / "report.html", checkpoint, scores, guesses, predictions, outliers,
+                 settings.small_dir, missing)
 
-    low, high = scores["interval"]
-    print(f"{checkpoint['settings']['ATTRIBUTE']}, {len(class_names)} classes; model of epoch "
-          f"{checkpoint['epoch']}, validation accuracy {checkpoint['validation_accuracy']:.2%}")
-    print(f"95 % interval {low:.2%} to {high:.2%}; macro-F1 {scores['macro_f1']:.2%}; balanced "
-          f"accuracy {scores['balanced_accuracy']:.2%}; calibration error "
-          f"{scores['calibration_error']:.2%}")
-    for name, share in guesses.items():
-        print(f"yardstick, {name}: {share:.2%}")
-    if len(class_names) > 5:
-        print(f"top-5 accuracy: {scores['top5']:.2%}")
-    print(f"{missing:,} of {len(listed):,} test paintings are missing or cannot be read")
-    right = int(scores["confusion"].trace())
-    print(f"Test accuracy: {100 * right / len(paths):.2f} % "
-          f"({right:,} of {len(paths):,} paintings)")
+    print(f"model of epoch {checkpoint['epoch']}, {checkpoint['settings']['ATTRIBUTE']}, "
+          f"{len(class_names)} classes")
+    shares = {"validation accuracy": checkpoint["validation_accuracy"],
+              "macro-F1": scores["macro_f1"],
+              "balanced accuracy": scores["balanced_accuracy"],
+              "expected calibration error": scores["calibration_error"]}
+    shares |= {"top-5 accuracy": scores["top5"]} if len(class_names) > 5 else {}
+    shares |= {f"yardstick, {name}": share for name, share in guesses.items()}
+    shares |= dict(zip(("95 % interval, from", "95 % interval, to"), scores["interval"]))
+    for name, share in shares.items():
+        print(f"{name}: {100 * share:.2f} %")
+    print(f"{missing:,} of {missing + len(places):,} test paintings are missing or cannot be read")
+    right, count = int(scores["confusion"].trace()), len(places)
+    print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings)")
 
 
 def main(argv=None):

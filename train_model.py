@@ -1228,7 +1228,7 @@ def fit(model, run, split, places, settings):
         })
         by_the_first(save_run, run, model, optimizer, scaler, settings)
         print(f"{title}: training loss {loss:.3f}, validation loss "
-              f"{history[-1]['validation_loss']:.3f}, validation accuracy {accuracy:.2%}, "
+              f"{history[-1]['validation_loss']:.3f}, validation accuracy {100 * accuracy:.2f} %, "
               f"{speed:,.1f} paintings/s, {history[-1]['seconds']:.0f} s")
 
 

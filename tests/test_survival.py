@@ -227,12 +227,6 @@ def test_numbers_that_are_not_finite_stop_the_run(copied, capsys, monkeypatch):
     assert (folder / "out/model_best.pth").read_bytes() == before
 
 
-@pytest.mark.parametrize("error,words", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "BATCH_SIZE.*--batch-size 4"),
-    (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "BATCH_SIZE.*--batch-size 4"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
-                  "dataloader's workers are out of shared memory."), "--workers 0"),
-])
 def test_outputs_that_are_not_finite_are_never_saved(copied, capsys, monkeypatch):
     """The last step of an epoch spoils the weights: validation notices before anything is saved."""
     folder, flags = copied
@@ -249,6 +243,12 @@ def test_outputs_that_are_not_finite_are_never_saved(copied, capsys, monkeypatch
     assert tm.load_checkpoint(folder / "out/model_last.pth")["epoch"] == 2
 
 
+@pytest.mark.parametrize("error,words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "BATCH_SIZE.*--batch-size 4"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "BATCH_SIZE.*--batch-size 4"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                  "dataloader's workers are out of shared memory."), "--workers 0"),
+])
 def test_lack_of_memory_says_what_to_change(copied, capsys, monkeypatch, error, words):
     _, flags = copied
 
