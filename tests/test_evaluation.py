@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import warnings
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -173,6 +174,95 @@ def test_each_class_has_its_outliers_up_to_the_setting():
     found = test_model.find_outliers(rows, ["a", "b", "c"], 2)
     assert {name: [row["path"] for row in rows] for name, rows in found.items()} == {
         "a": ["8", "6"], "b": ["7", "5"], "c": []}
+
+
+class Page(HTMLParser):
+    """Collect what a page holds, and fail where a tag is not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text, self.images = [], [], "", []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "img":
+            self.images.append(dict(attributes))
+        if tag not in ("img", "meta", "br", "path", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def check_page(content):
+    """Return the parsed page after checking that it stands alone."""
+    page = Page(content.decode("utf-8"))
+    names = {tag for tag, _ in page.tags}
+    assert {"h1", "h2", "table", "caption", "svg", "figure", "img"} <= names
+    assert not {"script", "link", "iframe", "object", "b onclick"} & names
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src", "data:").startswith("data:") and "href" not in attributes
+        assert "url(" not in attributes.get("style", "")
+    assert all(image["alt"] for image in page.images)
+    return page
+
+
+def test_the_page_of_a_run(tested):
+    out, _, predictions, _ = tested
+    page = check_page((out / "report.html").read_bytes())
+    text = " ".join(page.text.split())
+    right = sum(row["class"] == row["predicted"] for row in predictions)
+    assert f"{100 * right / 5:.2f}%" in text and f"{right} of 5 paintings" in text
+    assert {image["alt"] for image in page.images} == {row["path"] for row in predictions}
+    for words in ("always the largest class", "the artist's commonest class", "Learning curve",
+                  "Macro-F1", "Precision", "30 for train", "--image-size 64"):
+        assert words in text, words
+
+
+HOSTILE = ["<script>alert(1)</script>", 'a" onerror="x', "b'&amp;</td>", "new\nline",
+           "\udce9\udcff", "x" * 200, "\u202egnp.exe", "100%"]
+
+
+def test_a_page_of_27_classes_with_hostile_names(tmp_path):
+    """Names from disk stay text, and the page of ArtGAN's size stays under 6 MB."""
+    names = [f"{HOSTILE[n % len(HOSTILE)]} {n}" for n in range(27)]
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 27, (24_421,), generator=random)
+    logits = torch.randn(24_421, 27, generator=random)
+    paths = [f"{HOSTILE[n % 6]}/{HOSTILE[n % len(HOSTILE)]}{n}.jpg".replace("</", "<|")
+             for n in range(24_421)]
+    predictions = test_model.predict(paths, logits, labels, names)
+    outliers = test_model.find_outliers(predictions, names, test_model.GALLERY)
+    noise = Image.effect_noise((420, 320), 80).convert("RGB")
+    for rows in outliers.values():
+        for row in rows:
+            place = os.path.join(os.fsencode(tmp_path), os.fsencode(tm.small_name(row["path"])))
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            noise.save(place, "JPEG")
+    settings = dict.fromkeys(tm.SETTINGS, "<b>") | {"ATTRIBUTE": "<i>", "GROUP_BY": "painting"}
+    row = {"training_loss": 1.0, "validation_loss": 2.0, "validation_accuracy": 0.5}
+    checkpoint = {"class_names": names, "epoch": 1, "history": [row] * 3, "settings": settings,
+                  "versions": {"torch": "<u>"}, "sizes": {"train": 2, "test": 1}, "test": {}}
+    guesses = {"always the largest class": 0.1, "the artist's commonest class": 0.2}
+    test_model.write_report(tmp_path / "report.html", checkpoint, test_model.score(logits, labels),
+                            guesses, predictions, outliers, tmp_path, 3)
+    content = (tmp_path / "report.html").read_bytes()
+    assert len(content) < 6_000_000
+    page = check_page(content)
+    assert "<script>alert(1)</script> 0" in page.text
+    assert len(page.images) == 27 * test_model.GALLERY
+    assert not {"i onclick", "u"} & {tag for tag, _ in page.tags}
 
 
 def test_planted_labels_are_found(tmp_path):
