@@ -160,6 +160,23 @@ def by_the_first(function, *given):
 # --------------------------------------------------------------------------------------- paintings
 
 
+def shown(text):
+    """Return a path or a message as one line that can be printed: the rest of it is escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def report(items, what):
+    """Print what the items are, how many, and the first three; nothing where there are none."""
+    if items:
+        dots = ", ..." if len(items) > 3 else ""
+        print(f"{what}: {len(items):,} ({', '.join(map(shown, items[:3]))}{dots})")
+
+
+def is_picture(name):
+    """Tell from a file's name whether it is a picture: not hidden, with a picture's ending."""
+    return name[0] != "." and os.path.splitext(name)[1].lower() in ENDINGS
+
+
 def list_pictures(folder):
     """Return {"Style/name.jpg": modification time in ns}, sorted, of the pictures one folder down.
 
@@ -176,29 +193,18 @@ def list_pictures(folder):
     return dict(sorted(pictures.items()))
 
 
-def is_picture(name):
-    """Tell from a file's name whether it is a picture: not hidden, with a picture's ending."""
-    return name[0] != "." and os.path.splitext(name)[1].lower() in ENDINGS
-
-
-def decode(source, short_side):
-    """Return a picture, upright, as RGB whose short side is at most `short_side` pixels.
-
-    Nothing is enlarged. Baseline JPEGs are decoded at a reduced scale where that is large enough.
-
-    Raises nearly any exception on a broken picture, as Pillow does, and ValueError if a picture
-    that cannot be decoded at a reduced scale has more than MAX_PIXELS.
-    """
-    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not know of draft(); ours does
-    with Image.open(source, formats=FORMATS) as image:
-        pixels = image.width * image.height
-        draftable = image.format in ("JPEG", "MPO") and "progressive" not in image.info
-        if pixels > MAX_PIXELS and not draftable:
-            raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
-        with BIG_PICTURE if pixels > BIG_PIXELS and not draftable else contextlib.nullcontext():
-            image.draft(image.mode, shrink(image.size, short_side))
-            ImageOps.exif_transpose(image, in_place=True)
-            return flatten(image, shrink(image.size, short_side))
+def find_paintings(data_dir):
+    """Return `list_pictures(data_dir)`. Raises FileNotFoundError or ValueError if there is none."""
+    if not data_dir.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {shown(data_dir)}: unzip ArtGAN's WikiArt ({ARTGAN}) there, or "
+            "tell where it is by --data-dir; python tests/demo.py goes without it")
+    found = list_pictures(data_dir)
+    if not found:
+        raise ValueError(f"{shown(data_dir)} has no picture in its folders: it must hold a folder "
+                         "per style, with the pictures in them, as ArtGAN's wikiart.zip does")
+    print(f"{len(found):,} paintings in {shown(data_dir)}")
+    return found
 
 
 def shrink(size, short_side):
@@ -221,6 +227,26 @@ def flatten(image, size):
     return image
 
 
+def decode(source, short_side):
+    """Return a picture, upright, as RGB whose short side is at most `short_side` pixels.
+
+    Nothing is enlarged. Baseline JPEGs are decoded at a reduced scale where that is large enough.
+
+    Raises nearly any exception on a broken picture, as Pillow does, and ValueError if a picture
+    that cannot be decoded at a reduced scale has more than MAX_PIXELS.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not know of draft(); ours does
+    with Image.open(source, formats=FORMATS) as image:
+        pixels = image.width * image.height
+        draftable = image.format in ("JPEG", "MPO") and "progressive" not in image.info
+        if pixels > MAX_PIXELS and not draftable:
+            raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
+        with BIG_PICTURE if pixels > BIG_PIXELS and not draftable else contextlib.nullcontext():
+            image.draft(image.mode, shrink(image.size, short_side))
+            ImageOps.exif_transpose(image, in_place=True)
+            return flatten(image, shrink(image.size, short_side))
+
+
 def encode_small(source):
     """Return the small copy of a picture, as JPEG. Raises what `decode` raises."""
     jpeg = io.BytesIO()
@@ -235,6 +261,49 @@ def small_name(path):
     """
     stem, ending = os.path.splitext(path)
     return path if ending == ".jpg" and not is_picture("_" + stem) else path + ".jpg"
+
+
+def write_whole(path, content, changed=None):
+    """Write a file whole or not at all: beside its place, to the disk, then into its place.
+
+    content: bytes, or a function that writes into the open file; changed: its modification time
+    in ns. What a kill leaves of it is overwritten by the next try. Raises OSError with the path.
+    """
+    name = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    temporary = path.with_name(f".{name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if changed is not None:
+            os.utime(temporary, ns=(changed, changed))
+        os.replace(temporary, path)
+        if changed is None and os.name == "posix":  # a new name lasts only once its folder does
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        for reason in (error, error.__context__):  # torch.save hides it behind a RuntimeError
+            if isinstance(reason, OSError):
+                raise OSError(f"cannot write {shown(path)}: {reason.strerror or reason}") from error
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder until the end of the block, once no other process holds it (not on Windows)."""
+    with open(folder / ".lock", "wb") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cores():
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def prepare(found, data_dir, small_dir):
@@ -274,33 +343,29 @@ def prepare(found, data_dir, small_dir):
     return bad
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Hold a folder until the end of the block, once no other process holds it (not on Windows)."""
-    with open(folder / ".lock", "wb") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def cores():
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def shown(text):
-    """Return a path or a message as one line that can be printed: the rest of it is escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def report(items, what):
-    """Print what the items are, how many, and the first three; nothing where there are none."""
-    if items:
-        dots = ", ..." if len(items) > 3 else ""
-        print(f"{what}: {len(items):,} ({', '.join(map(shown, items[:3]))}{dots})")
+def write_bad_files(bad, output_dir):
+    """Write {path: reason} of the pictures that cannot be used into bad_files.txt."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{shown(path)}\t{reason}\n" for path, reason in bad.items())
+    write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
 
 
 # ------------------------------------------------------------------------------------------ labels
+
+
+def file_name(path):
+    """Return a painting's file name, the same in every folder and every form of Unicode."""
+    return unicodedata.normalize("NFC", path.rpartition("/")[2])
+
+
+def style(path):
+    """Return a painting's folder."""
+    return path.partition("/")[0]
+
+
+def artist(path):
+    """Return the artist that a painting's file name tells: what stands before its first _."""
+    return file_name(path).partition("_")[0]
 
 
 def read_rows(path, row):
@@ -373,21 +438,6 @@ def read_names(found, attribute, min_paintings):
     class_names = sorted(name for name, size in sizes.items() if size >= least)
     label = {name: number for number, name in enumerate(class_names)}
     return class_names, {path: label[name_of(path)] for path in found if name_of(path) in label}
-
-
-def style(path):
-    """Return a painting's folder."""
-    return path.partition("/")[0]
-
-
-def artist(path):
-    """Return the artist that a painting's file name tells: what stands before its first _."""
-    return file_name(path).partition("_")[0]
-
-
-def file_name(path):
-    """Return a painting's file name, the same in every folder and every form of Unicode."""
-    return unicodedata.normalize("NFC", path.rpartition("/")[2])
 
 
 def match(listed, found):
@@ -509,6 +559,31 @@ def split_paintings(labels, tested, group_by, seed):
     return split
 
 
+def commonest_classes(split):
+    """Return {artist: commonest label of the paintings outside the test}; "" is for all others."""
+    counts = defaultdict(Counter)
+    for part in ("train", "validation"):
+        for path, label in sorted(split[part].items()):
+            counts[artist(path)][label] += 1
+            counts[""][label] += 1
+    return {name: count.most_common(1)[0][0] for name, count in counts.items()}
+
+
+def still_there(split, labels):
+    """Return a split without the paintings that are gone since; print what is gone or new.
+
+    Raises ValueError if a part is empty.
+    """
+    known = {path for paintings in split.values() for path in paintings}
+    report(sorted(known - labels.keys()), "paintings of the run that are gone")
+    report(sorted(labels.keys() - known), "paintings that are new since the run began, left out")
+    left = {part: {path: label for path, label in paintings.items() if path in labels}
+            for part, paintings in split.items()}
+    if empty := [part for part in PARTS if not left[part]]:
+        raise ValueError(f"no painting is left for {', '.join(empty)}: is DATA_DIR right?")
+    return left
+
+
 # ------------------------------------------------------------------------------------------- model
 
 
@@ -573,6 +648,42 @@ def fold_norms(model):
     return folded
 
 
+def load_tensors(path):
+    """Load a file of torch.save that holds tensors and plain values alone.
+
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or holds anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {shown(path)}")
+    archived, damaged = zipfile.is_zipfile(path), None
+    with contextlib.suppress(Exception):  # of many kinds; torch's words advise an unsafe load
+        damaged = archived and zipfile.ZipFile(path).testzip()
+        if not damaged:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    if damaged:
+        reason = f"it is damaged (the checksum of {shown(damaged)} is wrong)"
+    elif archived:
+        reason = "it is damaged, or holds more than tensors and plain values, which could run code"
+    else:
+        reason = "it is cut off, or is no PyTorch file"
+    raise ValueError(f"{shown(path)} is refused: {reason}")
+
+
+def load_state(module, tensors, path, unused=()):
+    """Load tensors into a module. Raises ValueError unless names and shapes fit, all finite."""
+    own = module.state_dict()
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{shown(path)} is refused: it holds no weights")
+    given = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    wrong = sorted(own.keys() ^ given.keys()) or [
+        name for name in own
+        if own[name].shape != given[name].shape or not given[name].isfinite().all()]
+    if wrong:
+        raise ValueError(f"{shown(path)} is refused: {len(wrong)} tensors are missing, unknown, of "
+                         f"another shape or not finite; the first is {shown(wrong[0])}")
+    module.load_state_dict(given)
+
+
 def load_resnet(model, weights):
     """Start the ResNet from `weights`: "imagenet" (torchvision's IMAGENET1K_V2), "none", or a file.
 
@@ -596,6 +707,19 @@ def load_resnet(model, weights):
 
 
 # ---------------------------------------------------------------------------------------- training
+
+
+def seed_of(*parts):
+    """Return a seed of 32 bits that follows from the parts alone, on every machine."""
+    return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
+
+
+def centre(image, image_size):
+    """Return the central square, 7/8 of the short side, as image_size x image_size pixels."""
+    side = CENTRAL * min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
 
 
 class Paintings(Dataset):
@@ -629,19 +753,6 @@ class Paintings(Dataset):
             return torch.from_numpy(np.array(image)), self.labels[index]
 
 
-def centre(image, image_size):
-    """Return the central square, 7/8 of the short side, as image_size x image_size pixels."""
-    side = CENTRAL * min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
-
-
-def seed_of(*parts):
-    """Return a seed of 32 bits that follows from the parts alone, on every machine."""
-    return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
-
-
 class Batches(list):
     """The batches of the next pass over `Paintings`, as lists of its keys (index, epoch).
 
@@ -670,6 +781,11 @@ class Batches(list):
                    for start, end in zip(cuts, cuts[1:])]
 
 
+def leave_interrupts(_):
+    """Leave Ctrl-C, which a terminal sends to the workers too, to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(paintings, batches, workers, device):
     """Return a loader of (pixels (B, S, S, 3) uint8, labels (B)), one for all passes of a run.
 
@@ -684,11 +800,6 @@ def make_loader(paintings, batches, workers, device):
         worker_init_fn=leave_interrupts,
         generator=torch.Generator(),  # not the common one, which dropout draws from
     )
-
-
-def leave_interrupts(_):
-    """Leave Ctrl-C, which a terminal sends to the workers too, to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def choose_device():
@@ -758,6 +869,17 @@ def progress_bar(loader, title):
     return tqdm(desc=title, total=count, unit=" paintings", disable=disable, leave=False)
 
 
+def check_finite(losses, shares, scaler, title):
+    """Raise ValueError if a batch's loss is NaN, or fp16 skips every step for its gradient."""
+    wrong = [batch for batch, loss in enumerate(losses) if math.isnan(loss)]
+    if not wrong and scaler.is_enabled() and scaler.get_scale() < 1:
+        wrong = [len(losses) - 1]
+    if wrong:
+        raise ValueError(f"{title}, batch {wrong[0] + 1}, at {shares[wrong[0]]:.3f} of the peak "
+                         "learning rate: the loss or its gradient is not finite; nothing of this "
+                         "epoch is kept; try a smaller LEARNING_RATE")
+
+
 def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
     """Train on every batch of the loader once; return the mean loss of a painting.
 
@@ -800,17 +922,6 @@ def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
     return sum(gather(total)) / sum(sizes)
 
 
-def check_finite(losses, shares, scaler, title):
-    """Raise ValueError if a batch's loss is NaN, or fp16 skips every step for its gradient."""
-    wrong = [batch for batch, loss in enumerate(losses) if math.isnan(loss)]
-    if not wrong and scaler.is_enabled() and scaler.get_scale() < 1:
-        wrong = [len(losses) - 1]
-    if wrong:
-        raise ValueError(f"{title}, batch {wrong[0] + 1}, at {shares[wrong[0]]:.3f} of the peak "
-                         "learning rate: the loss or its gradient is not finite; nothing of this "
-                         "epoch is kept; try a smaller LEARNING_RATE")
-
-
 @torch.inference_mode()
 def evaluate(model, loader, precision, title):
     """Return logits (N, classes) and labels (N), on the CPU, of a pass, in the order of indices.
@@ -836,35 +947,6 @@ def evaluate(model, loader, precision, title):
 # ------------------------------------------------------------------------------------- checkpoints
 
 
-def write_whole(path, content, changed=None):
-    """Write a file whole or not at all: beside its place, to the disk, then into its place.
-
-    content: bytes, or a function that writes into the open file; changed: its modification time
-    in ns. What a kill leaves of it is overwritten by the next try. Raises OSError with the path.
-    """
-    name = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
-    temporary = path.with_name(f".{name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if changed is not None:
-            os.utime(temporary, ns=(changed, changed))
-        os.replace(temporary, path)
-        if changed is None and os.name == "posix":  # a new name lasts only once its folder does
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        for reason in (error, error.__context__):  # torch.save hides it behind a RuntimeError
-            if isinstance(reason, OSError):
-                raise OSError(f"cannot write {shown(path)}: {reason.strerror or reason}") from error
-        raise
-
-
 def write_table(path, columns, rows):
     """Write these columns of rows, dictionaries, as CSV in UTF-8 with a header."""
     text = io.StringIO()
@@ -872,27 +954,6 @@ def write_table(path, columns, rows):
     table.writeheader()
     table.writerows(rows)
     write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
-
-
-def load_tensors(path):
-    """Load a file of torch.save that holds tensors and plain values alone.
-
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or holds anything else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {shown(path)}")
-    archived, damaged = zipfile.is_zipfile(path), None
-    with contextlib.suppress(Exception):  # of many kinds; torch's words advise an unsafe load
-        damaged = archived and zipfile.ZipFile(path).testzip()
-        if not damaged:
-            return torch.load(path, map_location="cpu", weights_only=True)
-    if damaged:
-        reason = f"it is damaged (the checksum of {shown(damaged)} is wrong)"
-    elif archived:
-        reason = "it is damaged, or holds more than tensors and plain values, which could run code"
-    else:
-        reason = "it is cut off, or is no PyTorch file"
-    raise ValueError(f"{shown(path)} is refused: {reason}")
 
 
 def load_checkpoint(path):
@@ -909,49 +970,9 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_state(module, tensors, path, unused=()):
-    """Load tensors into a module. Raises ValueError unless names and shapes fit, all finite."""
-    own = module.state_dict()
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError(f"{shown(path)} is refused: it holds no weights")
-    given = {name: tensor for name, tensor in tensors.items() if name not in unused}
-    wrong = sorted(own.keys() ^ given.keys()) or [
-        name for name in own
-        if own[name].shape != given[name].shape or not given[name].isfinite().all()]
-    if wrong:
-        raise ValueError(f"{shown(path)} is refused: {len(wrong)} tensors are missing, unknown, of "
-                         f"another shape or not finite; the first is {shown(wrong[0])}")
-    module.load_state_dict(given)
-
-
 def kept_settings(settings):
     """Return the settings that stay the same through a run, by their names."""
     return {name: getattr(settings, name.lower()) for name in SETTINGS if name not in CHANGEABLE}
-
-
-def save_run(run, model, optimizer, scaler, settings):
-    """Write model_last.pth, which holds all that going on takes, then the other files of a run."""
-    state = best_of(run, model, settings) | {
-        "split": run["split"], "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    last = settings.output_dir / "model_last.pth"
-    write_whole(last, lambda file: torch.save(state, file))
-    settings.saved = (f"epoch {state['epoch']} of {settings.epochs} is saved in {shown(last)}; the "
-                      f"same command{' without --fresh' * settings.fresh} goes on from there")
-    save_results(run, model, settings)
-
-
-def save_results(run, model, settings):
-    """Write model_best.pth if the last epoch is the best, history.csv and class_names.txt.
-
-    All of it follows from model_last.pth, so that a kill between the files can be made good.
-    """
-    folder, accuracies = settings.output_dir, [row["validation_accuracy"] for row in run["history"]]
-    if accuracies[-1] > max(accuracies[:-1], default=-1):
-        state = best_of(run, model, settings)
-        write_whole(folder / "model_best.pth", lambda file: torch.save(state, file))
-    write_table(folder / "history.csv", run["history"][0], run["history"])
-    names = "".join(f"{shown(name)}\n" for name in run["class_names"])
-    write_whole(folder / "class_names.txt", names.encode("utf-8"))
 
 
 def best_of(run, model, settings):
@@ -969,6 +990,31 @@ def best_of(run, model, settings):
         "versions": {"torch": str(torch.__version__), "torchvision": torchvision.__version__},
         "model": model.state_dict(),
     }
+
+
+def save_results(run, model, settings):
+    """Write model_best.pth if the last epoch is the best, history.csv and class_names.txt.
+
+    All of it follows from model_last.pth, so that a kill between the files can be made good.
+    """
+    folder, accuracies = settings.output_dir, [row["validation_accuracy"] for row in run["history"]]
+    settings.saved = (f"epoch {len(accuracies)} of {settings.epochs} is saved in "
+                      f"{shown(folder / 'model_last.pth')}; the same command"
+                      f"{' without --fresh' * settings.fresh} goes on from there")
+    if accuracies[-1] > max(accuracies[:-1], default=-1):
+        state = best_of(run, model, settings)
+        write_whole(folder / "model_best.pth", lambda file: torch.save(state, file))
+    write_table(folder / "history.csv", run["history"][0], run["history"])
+    names = "".join(f"{shown(name)}\n" for name in run["class_names"])
+    write_whole(folder / "class_names.txt", names.encode("utf-8"))
+
+
+def save_run(run, model, optimizer, scaler, settings):
+    """Write model_last.pth, which holds all that going on takes, then the other files of a run."""
+    state = best_of(run, model, settings) | {
+        "split": run["split"], "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    write_whole(settings.output_dir / "model_last.pth", lambda file: torch.save(state, file))
+    save_results(run, model, settings)
 
 
 def find_earlier_run(settings, class_names):
@@ -1087,6 +1133,57 @@ def check_folders(data_dir, small_dir, output_dir):
             raise OSError(f"cannot write into {shown(folder)}: {error.strerror}") from error
 
 
+def fit(model, run, split, places, settings):
+    """Train from where the run stands to the last epoch, saving each before the next begins."""
+    epochs, history, train_count = settings.epochs, run["history"], len(split["train"])
+    device, precision = choose_device()
+    pretrained = settings.weights != "none"
+    frozen_epochs = settings.frozen_epochs if pretrained else 0
+    backbone_rate = settings.backbone_rate if pretrained else 1
+    to_device(model, device)
+    optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+
+    paintings = split["train"] | split["validation"]
+    pixels = Paintings(settings.small_dir, [places[path] for path in paintings],
+                       list(paintings.values()), settings.image_size, settings.seed)
+    batches = Batches(settings.batch_size, settings.seed)
+    loader = make_loader(pixels, batches, settings.workers, device)
+    if history:
+        optimizer.load_state_dict(run.pop("optimizer"))
+        if state := run.pop("scaler"):  # empty where the earlier device went without
+            scaler.load_state_dict(state)
+        by_the_first(save_results, run, model, settings)  # makes a kill between two files good
+        print(f"going on after epoch {len(history)}" if len(history) < epochs else
+              f"all {len(history)} epochs are trained; a larger EPOCHS trains further")
+    print(f"device {device}, {precision or torch.float32}, loader processes {loader.num_workers}")
+    for epoch in range(len(history) + 1, epochs + 1):
+        title, begun = f"epoch {epoch}/{epochs}", time.perf_counter()
+        torch.manual_seed(seed_of(settings.seed, epoch) + processes()[0])  # of dropout
+        model.start_training(frozen=epoch <= frozen_epochs)
+        batches.shuffle(range(train_count), epoch)
+        steps = [epoch - 1 + (step + 0.5) / len(batches) for step in range(len(batches))]
+        shares = [rate_at(step, epochs, frozen_epochs, settings.warmup_epochs) for step in steps]
+        loss = train_epoch(model, loader, optimizer, scaler, precision, shares, title)
+        speed = train_count / (time.perf_counter() - begun)
+        batches.keep_order(range(train_count, len(paintings)))
+        logits, labels = evaluate(fold_norms(model), loader, precision, f"{title} validation")
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        history.append({
+            "epoch": epoch,
+            "training_loss": loss,
+            "validation_loss": nn.functional.cross_entropy(logits, labels).item(),
+            "validation_accuracy": accuracy,
+            "learning_rate": settings.learning_rate * shares[-1],
+            "paintings_per_second": speed,
+            "seconds": time.perf_counter() - begun,
+        })
+        by_the_first(save_run, run, model, optimizer, scaler, settings)
+        print(f"{title}: training loss {loss:.3f}, validation loss "
+              f"{history[-1]['validation_loss']:.3f}, validation accuracy {100 * accuracy:.2f} %, "
+              f"{speed:,.1f} paintings/s, {history[-1]['seconds']:.0f} s")
+
+
 def train(settings):
     """Find, label, prepare and split the paintings, then train.
 
@@ -1132,104 +1229,6 @@ def train(settings):
         if settings.fresh:
             by_the_first(move_aside, output_dir)
         fit(model, run, split, places, settings)
-
-
-def write_bad_files(bad, output_dir):
-    """Write {path: reason} of the pictures that cannot be used into bad_files.txt."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(f"{shown(path)}\t{reason}\n" for path, reason in bad.items())
-    write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
-
-
-def find_paintings(data_dir):
-    """Return `list_pictures(data_dir)`. Raises FileNotFoundError or ValueError if there is none."""
-    if not data_dir.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {shown(data_dir)}: unzip ArtGAN's WikiArt ({ARTGAN}) there, or "
-            "tell where it is by --data-dir; python tests/demo.py goes without it")
-    found = list_pictures(data_dir)
-    if not found:
-        raise ValueError(f"{shown(data_dir)} has no picture in its folders: it must hold a folder "
-                         "per style, with the pictures in them, as ArtGAN's wikiart.zip does")
-    print(f"{len(found):,} paintings in {shown(data_dir)}")
-    return found
-
-
-def commonest_classes(split):
-    """Return {artist: commonest label of the paintings outside the test}; "" is for all others."""
-    counts = defaultdict(Counter)
-    for part in ("train", "validation"):
-        for path, label in sorted(split[part].items()):
-            counts[artist(path)][label] += 1
-            counts[""][label] += 1
-    return {name: count.most_common(1)[0][0] for name, count in counts.items()}
-
-
-def still_there(split, labels):
-    """Return a split without the paintings that are gone since; print what is gone or new.
-
-    Raises ValueError if a part is empty.
-    """
-    known = {path for paintings in split.values() for path in paintings}
-    report(sorted(known - labels.keys()), "paintings of the run that are gone")
-    report(sorted(labels.keys() - known), "paintings that are new since the run began, left out")
-    left = {part: {path: label for path, label in paintings.items() if path in labels}
-            for part, paintings in split.items()}
-    if empty := [part for part in PARTS if not left[part]]:
-        raise ValueError(f"no painting is left for {', '.join(empty)}: is DATA_DIR right?")
-    return left
-
-
-def fit(model, run, split, places, settings):
-    """Train from where the run stands to the last epoch, saving each before the next begins."""
-    epochs, history, train_count = settings.epochs, run["history"], len(split["train"])
-    device, precision = choose_device()
-    pretrained = settings.weights != "none"
-    frozen_epochs = settings.frozen_epochs if pretrained else 0
-    backbone_rate = settings.backbone_rate if pretrained else 1
-    to_device(model, device)
-    optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-
-    paintings = split["train"] | split["validation"]
-    pixels = Paintings(settings.small_dir, [places[path] for path in paintings],
-                       list(paintings.values()), settings.image_size, settings.seed)
-    batches = Batches(settings.batch_size, settings.seed)
-    loader = make_loader(pixels, batches, settings.workers, device)
-    if history:
-        optimizer.load_state_dict(run.pop("optimizer"))
-        if state := run.pop("scaler"):  # empty where the earlier device went without
-            scaler.load_state_dict(state)
-        by_the_first(save_results, run, model, settings)  # makes a kill between two files good
-        settings.saved = f"epoch {len(history)} is saved in {shown(settings.output_dir)}"
-        print(f"going on after epoch {len(history)}" if len(history) < epochs else
-              f"all {len(history)} epochs are trained; a larger EPOCHS trains further")
-    print(f"device {device}, {precision or torch.float32}, loader processes {loader.num_workers}")
-    for epoch in range(len(history) + 1, epochs + 1):
-        title, begun = f"epoch {epoch}/{epochs}", time.perf_counter()
-        torch.manual_seed(seed_of(settings.seed, epoch) + processes()[0])  # of dropout
-        model.start_training(frozen=epoch <= frozen_epochs)
-        batches.shuffle(range(train_count), epoch)
-        steps = [epoch - 1 + (step + 0.5) / len(batches) for step in range(len(batches))]
-        shares = [rate_at(step, epochs, frozen_epochs, settings.warmup_epochs) for step in steps]
-        loss = train_epoch(model, loader, optimizer, scaler, precision, shares, title)
-        speed = train_count / (time.perf_counter() - begun)
-        batches.keep_order(range(train_count, len(paintings)))
-        logits, labels = evaluate(fold_norms(model), loader, precision, f"{title} validation")
-        accuracy = (logits.argmax(1) == labels).double().mean().item()
-        history.append({
-            "epoch": epoch,
-            "training_loss": loss,
-            "validation_loss": nn.functional.cross_entropy(logits, labels).item(),
-            "validation_accuracy": accuracy,
-            "learning_rate": settings.learning_rate * shares[-1],
-            "paintings_per_second": speed,
-            "seconds": time.perf_counter() - begun,
-        })
-        by_the_first(save_run, run, model, optimizer, scaler, settings)
-        print(f"{title}: training loss {loss:.3f}, validation loss "
-              f"{history[-1]['validation_loss']:.3f}, validation accuracy {100 * accuracy:.2f} %, "
-              f"{speed:,.1f} paintings/s, {history[-1]['seconds']:.0f} s")
 
 
 def main(argv=None):
