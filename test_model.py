@@ -306,7 +306,8 @@ larger share of the given class. Framed: the right answers. Empty: 0."""
     return f"""<h2>What is taken for what</h2>
 <div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">
 {table("matrix", caption, ["", *names], rows)}</div>
-<h3>Most often confused: given → predicted</h3><ol>{"".join(pairs) or "<li>none</li>"}</ol>"""
+<h3>Most often confused: given → predicted</h3>
+{f"<ol>{''.join(pairs)}</ol>" if pairs else "<p>None.</p>"}"""
 
 
 def gallery(predictions, outliers, small_dir):
@@ -318,9 +319,9 @@ def gallery(predictions, outliers, small_dir):
     return f"""<h2>Paintings that might not fit their class</h2>
 <p>The margin says how much likelier than the given class the model finds another: at 0 equally
 likely, at +1 2.7 times, at +3 20 times as likely; below 0 the given class is the likeliest. It is
-above 0 for {apart:,} of {len(predictions):,} paintings, and most of these are the model’s mistakes,
-not the museum’s: worth a second look, no more. Here are the largest margins of each class, at most
-{GALLERY}; outliers.csv is the whole list.</p>{"".join(parts)}"""
+above 0 for {apart:,} of {len(predictions):,} paintings. That says that the model disagrees with the
+label, not that the label is wrong: worth a second look, no more. Here are the largest margins of
+each class, at most {GALLERY}; outliers.csv has more of them.</p>{"".join(parts)}"""
 
 
 def outlier(row, small_dir):
