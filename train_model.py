@@ -944,7 +944,8 @@ def evaluate(model, loader, precision, title):
     indices, logits, truth = map(torch.cat, parts)
     if not logits.isfinite().all():
         raise ValueError(f"{title}: the model's outputs are not finite")
-    return logits[indices.argsort()], truth[indices.argsort()]
+    order = indices.argsort()
+    return logits[order], truth[order]
 
 
 # ------------------------------------------------------------------------------------- checkpoints
