@@ -37,6 +37,7 @@ import zlib
 from collections import Counter, OrderedDict, defaultdict
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import numpy as np
@@ -339,7 +340,11 @@ def prepare(found, data_dir, small_dir):
         for folder in set(map(style, outdated)):
             (small_dir / folder).mkdir(exist_ok=True)
         bar = tqdm(pool.imap(make_copy, outdated), "small copies", len(outdated), disable=None)
-        bad = {path: reason for path, reason in zip(outdated, bar) if reason}
+        try:
+            bad = {path: reason for path, reason in zip(outdated, bar) if reason}
+        finally:  # after an error or Ctrl-C too, wait for the copies that are being written
+            pool.terminate()
+            pool.join()
     print(f"small copies: {len(outdated) - len(bad):,} written, "
           f"{len(found) - len(outdated):,} were there already")
     report([f"{path} ({reason})" for path, reason in bad.items()], "pictures that cannot be used")
@@ -784,9 +789,13 @@ class Batches(list):
                    for start, end in zip(cuts, cuts[1:])]
 
 
-def leave_interrupts(_):
-    """Leave Ctrl-C, which a terminal sends to the workers too, to the main process."""
+def begin_worker(_):
+    """Leave Ctrl-C, which a terminal sends to the workers too, to the main process.
+
+    Raises OSError where the worker cannot send batches, which later would pass unnoticed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    get_temp_dir()
 
 
 def make_loader(paintings, batches, workers, device):
@@ -800,7 +809,7 @@ def make_loader(paintings, batches, workers, device):
         num_workers=workers if workers >= 0 else min(cores(), 16),
         pin_memory=device.type == "cuda",
         persistent_workers=workers != 0,
-        worker_init_fn=leave_interrupts,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # not the common one, which dropout draws from
     )
 

@@ -204,6 +204,18 @@ def test_a_full_tmpfs_keeps_the_older_checkpoint(copied):
         subprocess.run(["umount", full], check=True)
 
 
+def test_workers_that_cannot_send_are_an_error(copied):
+    """As where the disk of temporary files is full: batches would never come, with no error."""
+    folder, flags = copied
+    code = (f"import tempfile\ntempfile.tempdir = {str(folder / 'nowhere')!r}\n"
+            "sys.exit(tm.main(sys.argv[1:]))")
+    script = start(code, *flags, "--epochs", "3", "--workers", "2")
+    _, error = script.communicate(timeout=60)
+    assert script.returncode == 1
+    message = error.strip().splitlines()[-1]
+    assert re.match(r"error: .*nowhere.*epoch 2 of 3 is saved in", message)
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_small_copy_that_vanishes_is_named(copied, capsys, monkeypatch, workers):
     folder, flags = copied
