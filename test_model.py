@@ -402,7 +402,7 @@ def judge(settings):
     model = train_model.ArtClassifier(len(class_names))
     train_model.load_state(model, checkpoint["model"], file)
     device, precision = train_model.choose_device()
-    model = train_model.fold_norms(train_model.to_device(model, device))
+    model = train_model.fold_norms(train_model.to_device(model, device), precision)
     if settings.pictures:
         return classify(model, class_names, image_size, precision, settings.pictures)
 

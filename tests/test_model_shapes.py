@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet50
 
 import train_model as tm
 
@@ -47,6 +48,21 @@ def test_mixing_channels_and_places_changes_the_logits(model):
     assert not torch.allclose(model.read_rows(feature_map), model.read_rows(mixed), atol=1e-4)
 
 
+def test_the_features_are_those_of_torchvisions_resnet():
+    torch.manual_seed(2)
+    features, resnet = tm.FeatureExtractor(), resnet50()
+    parts = {name for name in resnet.state_dict() if not name.startswith("fc.")}
+    assert features.resnet.state_dict().keys() == parts
+    resnet.load_state_dict(features.resnet.state_dict(), strict=False)
+    resnet.avgpool = resnet.fc = nn.Identity()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    expected = resnet((images - features.mean) / features.std)  # trains: norms of the batch
+    torch.testing.assert_close(features(images).flatten(1), expected)
+    for name, value in resnet.state_dict().items():
+        if name in parts:
+            torch.testing.assert_close(features.resnet.state_dict()[name], value)
+
+
 def test_images_are_normalised_as_imagenet(model):
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     images = tm.to_images(pixels, torch.device("cpu"))
@@ -66,6 +82,8 @@ def test_folding_the_norms_changes_nothing():
     assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 53
     with torch.no_grad():
         torch.testing.assert_close(folded(images), model.eval()(images), rtol=1e-3, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(folded(images), tm.fold_norms(model, torch.bfloat16)(images))
 
 
 def test_a_frozen_resnet_stays_as_it_is():
