@@ -1,6 +1,7 @@
 """The README is true: its commands run, its files exist, its flags and tests are there."""
 
 import functools
+import os
 import re
 import shlex
 import subprocess
@@ -96,3 +97,17 @@ def test_the_demo_ends_well_above_chance(tmp_path):
     assert accuracy >= 80  # chance is 20, the artist's name in the file name about 55
     page = re.search(r"Look at (.*)", run.stdout.strip().splitlines()[-1])[1]
     assert Path(page).is_file()
+
+
+def test_the_benchmark_in_small_prints_its_table(tmp_path):
+    """Three rows with rates above 0, their ratios, and nothing left behind."""
+    flags = ["--pictures", "4", "--batch-size", "4", "--image-size", "32", "--rounds", "1",
+             "--workers", "1", "--device", "cpu", "--skip-start"]
+    run = subprocess.run([sys.executable, ROOT / "tests/benchmark.py", *flags], text=True,
+                         capture_output=True, timeout=240, env=os.environ | {"TMPDIR": tmp_path})
+    assert run.returncode == 0, run.stderr
+    for row, rates in (("plain script", 2), ("this project", 3), ("ceiling", 2)):
+        numbers = re.search(rf"(?m)^{row} +([-\d. ]+) MB", run.stdout)[1].replace("-", "").split()
+        assert len(numbers) == rates + 2 and all(float(number) > 0 for number in numbers)
+    assert len(re.findall(r"(?m)^(?:training|evaluation|epochs), .*: +\d", run.stdout)) == 7
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("benchmark-")]

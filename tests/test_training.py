@@ -1,16 +1,20 @@
 """Training, as a user runs it: constants edited in a copy of the file, flags, bad input."""
 
 import csv
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from torchvision.models import resnet50
 
 import test_model
@@ -250,6 +254,52 @@ def test_evaluation_sees_the_centre():
     image[20:300, 180:460] = 255
     centred = np.asarray(tm.centre(tm.Image.fromarray(image), 224))
     assert centred.shape == (224, 224, 3) and centred[1:-1, 1:-1].min() == 255
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a value is read from a tensor, which on a GPU waits for all that is queued.
+
+    aten's own reads are seen as operators, those of Python (all at once, or moved) by their names.
+    """
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        for name in ("tolist", "cpu", "numpy"):
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def counted(self, method):
+        def read(tensor, *given):
+            self.count += 1
+            return method(tensor, *given)
+        return read
+
+    def __torch_dispatch__(self, operator, types, given=(), options=None):
+        self.count += operator is torch.ops.aten._local_scalar_dense.default
+        return operator(*given, **(options or {}))
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    """Losses are read every READ_EVERY batches, and logits once a pass, never for each batch."""
+    torch.manual_seed(5)
+    model, batches = tm.ArtClassifier(3), tm.Batches(2)
+    optimizer = tm.make_optimizer(model, 1e-4, 0.1, 0.05)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8), torch.tensor([0, 2])
+    loader = DataLoader(defaultdict(int), batch_sampler=batches, collate_fn=lambda _: batch)
+    monkeypatch.setattr(tm, "READ_EVERY", 4)
+
+    def reads(work, steps):
+        batches.keep_order(range(2 * steps))
+        with monkeypatch.context() as patch, Reads(patch) as counter:
+            work([0.1] * steps)
+        return counter.count
+
+    train = functools.partial(tm.train_epoch, model, loader, optimizer, scaler, None, title="")
+    assert reads(train, 12) - reads(train, 4) == 2
+    assert reads(lambda _: [loss.item() for loss in torch.zeros(9)], 1) == 9  # it does count
+    evaluate = functools.partial(tm.evaluate, tm.fold_norms(model), loader, None)
+    assert reads(lambda _: evaluate(""), 9) == reads(lambda _: evaluate(""), 3) > 0
 
 
 def test_every_painting_trains_once_in_every_epoch(finished):
