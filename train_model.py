@@ -36,8 +36,8 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
 from datetime import timedelta
+from multiprocessing.connection import Listener
 from multiprocessing.pool import ThreadPool
-from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 import numpy as np
@@ -657,7 +657,7 @@ class ArtClassifier(nn.Module):
 
 
 def fold_norms(model, precision=None):
-    """Return a copy for evaluation, 1.2 times as fast: batch norms are folded into convolutions.
+    """Return a copy for evaluation, which is faster: batch norms are folded into convolutions.
 
     Jacob et al. 2018 (arXiv 1712.05877), section 3.2; the function computed is the same. Its ResNet
     is in the precision of autocast, which would convert the weights anew for every batch.
@@ -810,10 +810,11 @@ class Batches(list):
 def begin_worker(_):
     """Leave Ctrl-C, which a terminal sends to the workers too, to the main process.
 
-    Raises OSError where the worker cannot send batches, which later would pass unnoticed.
+    Raises OSError where no socket can be made to send batches, as on a full disk: later, the main
+    process would wait for them for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    get_temp_dir()
+    Listener().close()
 
 
 def make_loader(paintings, batches, workers, device):

@@ -204,16 +204,23 @@ def test_a_full_tmpfs_keeps_the_older_checkpoint(copied):
         subprocess.run(["umount", full], check=True)
 
 
-def test_workers_that_cannot_send_are_an_error(copied):
-    """As where the disk of temporary files is full: batches would never come, with no error."""
+@pytest.mark.parametrize("name,reason", [("nowhere", "No such file"), ("long" * 30, "too long")])
+def test_workers_that_cannot_send_are_an_error(copied, name, reason):
+    """Without a socket among the temporary files, batches would never come, with no error."""
     folder, flags = copied
-    code = (f"import tempfile\ntempfile.tempdir = {str(folder / 'nowhere')!r}\n"
+    if name != "nowhere":
+        (folder / name).mkdir()
+    code = (f"import tempfile\ntempfile.tempdir = {str(folder / name)!r}\n"
             "sys.exit(tm.main(sys.argv[1:]))")
     script = start(code, *flags, "--epochs", "3", "--workers", "2")
-    _, error = script.communicate(timeout=60)
+    try:
+        _, error = script.communicate(timeout=60)
+    finally:
+        if script.poll() is None:
+            os.killpg(script.pid, signal.SIGKILL)
     assert script.returncode == 1
     message = error.strip().splitlines()[-1]
-    assert re.match(r"error: .*nowhere.*epoch 2 of 3 is saved in", message)
+    assert re.match(rf"error: .*{reason}.*epoch 2 of 3 is saved in", message), message
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -265,7 +265,7 @@ class Reads(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.count = 0
-        for name in ("tolist", "cpu", "numpy"):
+        for name in ("tolist", "cpu", "numpy", "nonzero"):
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
 
     def counted(self, method):
@@ -279,7 +279,7 @@ class Reads(TorchDispatchMode):
         return operator(*given, **(options or {}))
 
 
-def test_no_step_waits_for_the_device(monkeypatch):
+def test_steps_do_not_wait_for_the_device(monkeypatch):
     """Losses are read every READ_EVERY batches, and logits once a pass, never for each batch."""
     torch.manual_seed(5)
     model, batches = tm.ArtClassifier(3), tm.Batches(2)
