@@ -288,20 +288,22 @@ def read_flags():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[CUDA where it is there]")
     parser.add_argument("--folder", type=Path, help="pictures of one's own, in folders")
-    parser.add_argument("--pictures", type=int, help="in training [48 on a CPU, 4096 on CUDA]")
+    parser.add_argument("--pictures", type=int, help="in training [32 on a CPU, 4096 on CUDA]")
     parser.add_argument("--batch-size", type=int, help="[16 on a CPU, 128 on CUDA]")
     parser.add_argument("--image-size", type=int, default=224, help="[224]")
     parser.add_argument("--rounds", type=int, default=3, help="[3]")
     parser.add_argument("--workers", type=int, default=train_model.cores(), help="[one a core]")
     parser.add_argument("--skip-start", action="store_true", help="leave the 81,446 files out")
     options = parser.parse_args()
+    if options.folder and not options.folder.is_dir():
+        parser.error(f"there is no folder {options.folder}")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for choose_device(), in the rows too
     device, options.precision = train_model.choose_device()
     if options.device not in (None, device.type):
         parser.error("there is no CUDA here")
     options.device = device.type
-    pictures, batch_size = (4096, 128) if device.type == "cuda" else (48, 16)
+    pictures, batch_size = (4096, 128) if device.type == "cuda" else (32, 16)
     options.pictures = options.pictures or pictures
     options.batch_size = options.batch_size or batch_size
     return options
@@ -357,6 +359,8 @@ def main():
         folder = Path(name)
         options.originals, options.small_dir = folder / "originals", folder / "small-0"
         options.pictures = gather(options.originals, 2 * options.pictures, options.folder) // 2
+        if not options.pictures:
+            sys.exit(f"error: {options.folder} holds fewer than two pictures in its folders")
         options.batch_size = min(options.batch_size, options.pictures)
         options.pictures -= options.pictures % options.batch_size  # so that all steps are alike
         print_header(options)
