@@ -103,21 +103,20 @@ def predict(paths, logits, labels, class_names):
 
     margin: the best other logit over that of the given class; positive where the model disagrees.
     """
-    probabilities = logits.double().softmax(1)
-    given = logits.gather(1, labels[:, None])
-    others = logits.scatter(1, labels[:, None], -torch.inf).max(1)
-    rows = zip(paths, labels.tolist(), logits.argmax(1).tolist(), others.indices.tolist(),
-               (others.values - given[:, 0]).tolist(), (logits > given).sum(1).tolist())
-    return [{
-        "path": path,
-        "class": class_names[label],
-        "predicted": class_names[best],
-        "probability": round(probabilities[place, best].item(), 6),
-        "class_probability": round(probabilities[place, label].item(), 6),
-        "class_rank": 1 + better,
-        "fits_better": class_names[other],
-        "margin": round(margin, 4),
-    } for place, (path, label, best, other, margin, better) in enumerate(rows)]
+    probabilities, label = logits.double().softmax(1).round(decimals=6), labels[:, None]
+    given = logits.gather(1, label)
+    others = logits.scatter(1, label, -torch.inf).max(1)
+    columns = {
+        "path": paths,
+        "class": [class_names[place] for place in labels],
+        "predicted": [class_names[place] for place in logits.argmax(1)],
+        "probability": probabilities.amax(1).tolist(),
+        "class_probability": probabilities.gather(1, label)[:, 0].tolist(),
+        "class_rank": (1 + (logits > given).sum(1)).tolist(),
+        "fits_better": [class_names[place] for place in others.indices],
+        "margin": (others.values - given[:, 0]).double().round(decimals=4).tolist(),
+    }
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def find_outliers(predictions, class_names, most):
