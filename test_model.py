@@ -249,29 +249,20 @@ tested here.</figcaption></figure>"""
 
 def draw(title, unit, lines, best):
     """Return a drawing (SVG, 400 x 230) of the lines {name: values}, one value an epoch."""
-    count, said = len(lines["validation"]), f"{lines['validation'][best - 1]:.2f}{unit}"
-    top = max((v for line in lines.values() for v in line if v < math.inf), default=1)  # nor NaN
-    step = 20 if unit else max(1, math.ceil(top / 5))
-    marks = range(0, max(1, math.ceil(top / step)) * step + 1, step)
-    x = [f"{50 + 340 * epoch / max(count - 1, 1):.1f}" for epoch in range(count)]
-
-    def y(value):
-        return f"{205 - 150 * value / marks[-1]:.1f}"
-
-    parts = [f'<path d="M50 {y(mark)}H390"/><text x="42" y="{y(mark)}" dy="4" text-anchor="end">'
-             f"{mark}{unit}</text>" for mark in marks]
-    texts = [(best, 42, f"epoch {best}: {said}"), (1, 225, "epoch 1"), (count, 225, f"{count}")]
-    for epoch, height, words in texts[:2 + (count > 1)]:
-        side = "end" if 2 * epoch > count + 1 else "start"
-        parts.append(f'<text x="{x[epoch - 1]}" y="{height}" text-anchor="{side}">{words}</text>')
+    count = len(lines["validation"])
+    said = f"{title}, {lines['validation'][best - 1]:.2f}{unit} in epoch {best}"
+    step = 20 if unit else math.ceil(max(map(max, lines.values())) / 5) or 1
+    parts = [f'<path d="M50 {205 - 30 * n}H390"/><text x="42" y="{209 - 30 * n}" text-anchor="end">'
+             f"{n * step}{unit}</text>" for n in range(6)]
+    x = [50 + 340 * place / max(count - 1, 1) for place in range(count)]
     for name, line in lines.items():
-        points = [f"{a} {y(value)}" for a, value in zip(x, line) if value < math.inf]
-        parts.append(f'<polyline class="{name}" points="{" ".join(points)}"/>')
-        if line[best - 1] < math.inf:
-            parts.append(f'<circle cx="{x[best - 1]}" cy="{y(line[best - 1])}" r="4"/>')
-    return f"""<svg viewBox="0 0 400 230" role="img" aria-label="{title}, epoch {best}: {said}">
-<text y="14" font-size="15">{title}</text><path class="best" d="M{x[best - 1]} 48V205"/>
-{"".join(parts)}</svg>"""
+        points = [f"{a:.1f} {205 - 30 * value / step:.1f}" for a, value in zip(x, line)]
+        parts.append(f'<polyline class="{name}" points="{" ".join(points)}"/>'
+                     f'<circle transform="translate({points[best - 1]})" r="4"/>')
+    return f"""<svg viewBox="0 0 400 230" role="img" aria-label="{said}">{"".join(parts)}
+<text y="14" font-size="15">{said}</text><path class="best" d="M{x[best - 1]:.1f} 48V205"/>
+<text x="50" y="225">epoch 1</text><text x="390" y="225" text-anchor="end">to {count}</text>
+</svg>"""
 
 
 def class_table(names, scores):
