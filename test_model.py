@@ -268,10 +268,10 @@ def draw(title, unit, lines, best):
 def class_table(names, scores):
     """Return the scores of each class as a table, the highest F1 first."""
     given, named, rows = scores["count"], scores["confusion"].sum(0), []
+    defined = {"precision": named, "recall": given, "f1": given + named}
     for place in np.argsort(-scores["f1"], kind="stable"):
         cells = [f'<td style="--s:{scores[key][place]:.3f}">{scores[key][place]:.1%}</td>'
-                 if defined[place] else "<td>–</td>" for key, defined in
-                 (("precision", named), ("recall", given), ("f1", given + named))]
+                 if defined[key][place] else "<td>–</td>" for key in defined]
         rows.append((names[place], f"<td>{given[place]:,}</td>{''.join(cells)}"))
     caption = """Precision: the share of what the model puts into the class that belongs there.
 Recall: the share of the class that the model finds. F1: both in one; the highest comes first."""
@@ -351,9 +351,8 @@ def classify(model, class_names, image_size, precision, names):
     """
     files = []
     for name in map(Path, names):
-        inside = sorted(path for path in name.rglob("*") if path.is_file() and not any(
-            part.startswith(".") for part in path.relative_to(name).parts)
-            and train_model.is_picture(path.name))
+        inside = sorted(path for path in name.rglob("*") if train_model.is_picture(path.name)
+                        and path.is_file() and "/." not in f"/{path.relative_to(name).as_posix()}")
         files += inside if name.is_dir() else [name]
     if not files:
         raise ValueError("there is no picture in what the command names")
@@ -446,15 +445,16 @@ def write_results(checkpoint, places, logits, labels, settings):
 
     print(f"model of epoch {checkpoint['epoch']}, {checkpoint['settings']['ATTRIBUTE']}, "
           f"{len(class_names)} classes")
+    low, high = scores["interval"]
+    print(f"95 % interval of the test accuracy: {100 * low:.2f} to {100 * high:.2f} %")
     shares = {"validation accuracy": checkpoint["validation_accuracy"],
-              "macro-F1": scores["macro_f1"],
+              "top-5 accuracy": scores["top5"], "macro-F1": scores["macro_f1"],
               "balanced accuracy": scores["balanced_accuracy"],
               "expected calibration error": scores["calibration_error"]}
-    shares |= {"top-5 accuracy": scores["top5"]} if len(class_names) > 5 else {}
     shares |= {f"yardstick, {name}": share for name, share in guesses.items()}
-    shares |= dict(zip(("95 % interval, from", "95 % interval, to"), scores["interval"]))
     for name, share in shares.items():
-        print(f"{name}: {100 * share:.2f} %")
+        if name != "top-5 accuracy" or len(class_names) > 5:
+            print(f"{name}: {100 * share:.2f} %")
     print(f"{missing:,} of {missing + len(places):,} test paintings are missing or cannot be read")
     right, count = int(scores["confusion"].trace()), len(places)
     print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings)")
