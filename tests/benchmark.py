@@ -5,15 +5,17 @@
 
 Three rows, each in a process of its own, take turns for several rounds; medians are shown.
 
-plain script   what one would write first: originals decoded anew each epoch, float32
-this project   train_model's epochs after the frozen one, in which everything trains
-ceiling        the same steps on one batch that is on the device already: nothing is loaded
+plain script   the same model, trained as one would first write it: originals decoded anew in
+               every epoch, float32
+this project   the passes of train_model.py once the ResNet is no longer frozen
+ceiling        the same passes over one batch that is on the device already: nothing is loaded
 
-The column "epochs" is computed from the passes of a round: an epoch trains on the pictures,
-validates on an eighth as many and saves what going on takes. The longer it is, by --pictures, the
-less saving weighs. The ceiling saves nothing.
+The column "epochs" is computed, not measured: an epoch trains on the pictures, validates on an
+eighth as many and saves both checkpoints, at the rates of each round. The more --pictures, the less
+saving weighs; the ceiling saves nothing. Peaks are those of a row's process without its loaders.
+With --folder too, the pictures of 1600 x 1280 pixels and the 81,446 files are painted ones.
 
-It takes two minutes on two cores, needs Linux, and leaves nothing behind.
+By default it takes at most two minutes on two cores. It needs Linux and leaves nothing behind.
 """
 
 import argparse
@@ -288,12 +290,17 @@ def read_flags():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[CUDA where it is there]")
     parser.add_argument("--folder", type=Path, help="pictures of one's own, in folders")
-    parser.add_argument("--pictures", type=int, help="in training [32 on a CPU, 4096 on CUDA]")
-    parser.add_argument("--batch-size", type=int, help="[16 on a CPU, 128 on CUDA]")
-    parser.add_argument("--image-size", type=int, default=224, help="[224]")
-    parser.add_argument("--rounds", type=int, default=3, help="[3]")
-    parser.add_argument("--workers", type=int, default=train_model.cores(), help="[one a core]")
-    parser.add_argument("--skip-start", action="store_true", help="leave the 81,446 files out")
+    parser.add_argument("--pictures", type=int,
+                        help="in a pass of training; evaluation takes twice as many "
+                        "[32 on a CPU, 4096 on CUDA]")
+    parser.add_argument("--batch-size", type=int,
+                        help="pictures in a step [16 on a CPU, 128 on CUDA]")
+    parser.add_argument("--image-size", type=int, default=224, help="in pixels [224]")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each row [3]")
+    parser.add_argument("--workers", type=int, default=train_model.cores(),
+                        help="processes that load pictures, for each row [one per core]")
+    parser.add_argument("--skip-start", action="store_true",
+                        help="do not measure the start with 81,446 files")
     options = parser.parse_args()
     if options.folder and not options.folder.is_dir():
         parser.error(f"there is no folder {options.folder}")
@@ -318,9 +325,9 @@ def print_header(options):
           f"{options.precision or torch.float32}")
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision "
           f"{train_model.torchvision.__version__}, Pillow {PIL.__version__}")
-    print(f"{options.pictures} pictures (in evaluation twice as many), image size "
-          f"{options.image_size}, batch size {options.batch_size}, {options.workers} loaders, "
-          f"{options.rounds} rounds, {os.getloadavg()[0]:.1f} processes at work before\n")
+    print(f"{options.pictures} pictures in training, {2 * options.pictures} in evaluation, image "
+          f"size {options.image_size}, batch size {options.batch_size}, {options.workers} loaders, "
+          f"{options.rounds} rounds, load average {os.getloadavg()[0]:.1f} at the start\n")
 
 
 def print_ratio(title, ours, others):
@@ -342,6 +349,7 @@ def print_table(rates, memory, preparing, pictures):
               f"{median(rates[row, 'training']):10.1f}{median(rates[row, 'evaluation']):12.1f}"
               f"{median(rates[row, 'epochs']):8.1f}"
               f"{ram:8.0f} MB" + (f"{gpu:8.0f} MB" if gpu else f"{'-':>11}"))
+    print("\nratios of the rates, round by round: median (lowest to highest)")
     for kind in ("training", "evaluation", "epochs"):
         for row in ("plain script", "ceiling"):
             print_ratio(f"{kind}, this project / {row}:",
@@ -349,7 +357,7 @@ def print_table(rates, memory, preparing, pictures):
     print_ratio("evaluation, ceiling / torchvision's ResNet:",
                 rates["ceiling", "evaluation"], rates["ceiling", "torchvision"])
     seconds = pictures / median(rates["this project", "saving"])
-    print(f"saving both checkpoints after an epoch: {seconds:.2f} s")
+    print(f"\nsaving both checkpoints after an epoch: {seconds:.2f} s")
 
 
 def main():
@@ -368,13 +376,14 @@ def main():
             preparing, large, whole = pool.submit(
                 measure_preparing, folder, options.rounds).result()
         print_table(*take_turns(options), preparing, options.pictures)
-        print(f"preparing 1600 x 1280: {large:.1f}/s, with every pixel decoded {whole:.1f}/s")
+        print(f"preparing originals of 1600 x 1280: {large:.1f} paintings/s, and "
+              f"{whole:.1f} where every pixel is decoded")
         if not options.skip_start:
             link_wikiart(folder)
             with new_process() as pool:
                 seconds, megabytes = pool.submit(measure_start, folder).result()
-            print(f"start with {WIKIART:,} small copies ready: {seconds:.2f} s and "
-                  f"{megabytes:.0f} MB over the imports")
+            print(f"EPOCHS = 0 with {WIKIART:,} small copies ready: {seconds:.2f} s and "
+                  f"{megabytes:.0f} MB more than the imports")
 
 
 if __name__ == "__main__":
