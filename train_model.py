@@ -297,15 +297,6 @@ def write_whole(path, content, changed=None):
         raise
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Hold a folder until the end of the block, once no other process holds it (not on Windows)."""
-    with open(folder / ".lock", "wb") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def cores():
     """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -333,7 +324,9 @@ def prepare(found, data_dir, small_dir):
         return None
 
     small_dir.mkdir(parents=True, exist_ok=True)
-    with locked(small_dir), ThreadPool(cores()) as pool:
+    with open(small_dir / ".lock", "wb") as lock, ThreadPool(cores()) as pool:
+        if fcntl:  # wait until no other process prepares the folder
+            fcntl.flock(lock, fcntl.LOCK_EX)
         copied = list_pictures(small_dir)
         outdated = [path for path, changed in found.items()
                     if None in (changed, when := copied.get(small_name(path)))
