@@ -385,7 +385,7 @@ def judge(settings):
     """Score the best checkpoint, or classify the pictures that the command line names."""
     file = settings.output_dir / "model_best.pth"
     if not file.exists():
-        raise FileNotFoundError(f"there is no {shown(file)}: run train_model.py first")
+        raise FileNotFoundError(f"there is no {file}: run train_model.py first")
     checkpoint = train_model.load_checkpoint(file)
     class_names, image_size = checkpoint["class_names"], checkpoint["settings"]["IMAGE_SIZE"]
     model = train_model.ArtClassifier(len(class_names))
@@ -419,8 +419,8 @@ def find_test_list(listed, settings):
         train_model.prepare, tested, settings.data_dir, settings.small_dir)
     there = {path: places[path] for path in listed if path in places and places[path] not in bad}
     if not there:
-        raise ValueError(f"none of the {len(listed):,} test paintings is in "
-                         f"{shown(settings.data_dir)}, which begins with {shown(min(found))}")
+        raise ValueError(f"none of the {len(listed):,} test paintings is in {settings.data_dir}, "
+                         f"which begins with {min(found)}")
     return there
 
 

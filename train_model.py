@@ -166,7 +166,7 @@ def by_the_first(function, *given):
 
 
 def shown(text):
-    """Return a path or a message as one line that can be printed: the rest of it is escaped."""
+    """Return a path or a message as one printable line, the rest escaped; errors do without it."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
@@ -202,12 +202,12 @@ def find_paintings(data_dir):
     """Return `list_pictures(data_dir)`. Raises FileNotFoundError or ValueError if there is none."""
     if not data_dir.is_dir():
         raise FileNotFoundError(
-            f"there is no folder {shown(data_dir)}: unzip ArtGAN's WikiArt ({ARTGAN}) there, or "
-            "tell where it is by --data-dir; python tests/demo.py goes without it")
+            f"there is no folder {data_dir}: unzip ArtGAN's WikiArt ({ARTGAN}) there, or tell "
+            "where it is by --data-dir; python tests/demo.py goes without it")
     found = list_pictures(data_dir)
     if not found:
-        raise ValueError(f"{shown(data_dir)} has no picture in its folders: it must hold a folder "
-                         "per style, with the pictures in them, as ArtGAN's wikiart.zip does")
+        raise ValueError(f"{data_dir} has no picture in its folders: it must hold a folder per "
+                         "style, with the pictures in them, as ArtGAN's wikiart.zip does")
     print(f"{len(found):,} paintings in {shown(data_dir)}")
     return found
 
@@ -293,7 +293,7 @@ def write_whole(path, content, changed=None):
             temporary.unlink()
         for reason in (error, error.__context__):  # torch.save hides it behind a RuntimeError
             if isinstance(reason, OSError):
-                raise OSError(f"cannot write {shown(path)}: {reason.strerror or reason}") from error
+                raise OSError(f"cannot write {path}: {reason.strerror or reason}") from error
         raise
 
 
@@ -375,7 +375,7 @@ def read_rows(path, row):
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(path)} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     rows = [match.groups() for line in lines if (match := row.fullmatch(line))]
     others = sum(map(bool, map(str.strip, lines))) - len(rows)
     print(f"{shown(path)}: {len(rows):,} rows" + (f", other lines: {others}" if others else ""))
@@ -399,20 +399,20 @@ def read_lists(lists_dir, attribute):
         print(f"no {attribute} lists in {shown(lists_dir)}: classes and split are drawn without")
         return None
     if [file.stem for file in files] != names:
-        raise ValueError(f"{shown(lists_dir)} must hold each of {', '.join(names)} once, and has "
-                         f"{', '.join(shown(file.name) for file in files)}: see {ARTGAN}")
+        raise ValueError(f"{lists_dir} must hold each of {', '.join(names)} once, and has "
+                         f"{', '.join(file.name for file in files)}: see {ARTGAN}")
     class_file, test_file, train_file = files
 
     rows = read_rows(class_file, CLASS)
     names = {int(index): name for index, name in rows}
     if not rows or sorted(names) != list(range(len(rows))) or len(set(names.values())) < len(rows):
-        raise ValueError(f"{shown(class_file)} must number different classes from 0, one per line")
+        raise ValueError(f"{class_file} must number different classes from 0, one per line")
     listed, repeated, folders = {"test": {}, "train": {}}, [], defaultdict(Counter)
     for part, file in (("test", test_file), ("train", train_file)):
         for path, label in read_rows(file, ROW):
             if int(label) not in names:
-                raise ValueError(f"{shown(file)} gives {shown(path)} the label {label}, which "
-                                 f"{shown(class_file)} does not name")
+                raise ValueError(f"{file} gives {path} the label {label}, which {class_file} does "
+                                 "not name")
             if path in listed["test"] or path in listed["train"]:
                 repeated.append(path)
             else:
@@ -485,9 +485,8 @@ def label_paintings(found, attribute, lists_dir, min_paintings):
     report(sorted(found.keys() - set(places.values())), "paintings without a class")
     if lists and not places:
         raise ValueError(
-            f"the {attribute} lists in {shown(lists_dir)} name {len(labels):,} paintings, and none "
-            f"of them is on disk, where the first is {shown(next(iter(found)))}: do they belong "
-            "together?")
+            f"the {attribute} lists in {lists_dir} name {len(labels):,} paintings, and none of "
+            f"them is on disk, where the first is {min(found)}: do they belong together?")
     labels = {path: label for path, label in labels.items() if path in places}
     if len(set(labels.values())) < 2:
         raise ValueError(f"a classifier needs two classes, and {attribute} has "
@@ -673,33 +672,33 @@ def load_tensors(path):
     Raises FileNotFoundError if there is none, ValueError if it is damaged or holds anything else.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {shown(path)}")
+        raise FileNotFoundError(f"there is no file {path}")
     archived, damaged = zipfile.is_zipfile(path), None
     with contextlib.suppress(Exception):  # of many kinds; torch's words advise an unsafe load
         damaged = archived and zipfile.ZipFile(path).testzip()
         if not damaged:
             return torch.load(path, map_location="cpu", weights_only=True)
     if damaged:
-        reason = f"it is damaged (the checksum of {shown(damaged)} is wrong)"
+        reason = f"it is damaged (the checksum of {damaged} is wrong)"
     elif archived:
         reason = "it is damaged, or holds more than tensors and plain values, which could run code"
     else:
         reason = "it is cut off, or is no PyTorch file"
-    raise ValueError(f"{shown(path)} is refused: {reason}")
+    raise ValueError(f"{path} is refused: {reason}")
 
 
 def load_state(module, tensors, path, unused=()):
     """Load tensors into a module. Raises ValueError unless names and shapes fit, all finite."""
     own = module.state_dict()
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError(f"{shown(path)} is refused: it holds no weights")
+        raise ValueError(f"{path} is refused: it holds no weights")
     given = {name: tensor for name, tensor in tensors.items() if name not in unused}
     wrong = sorted(own.keys() ^ given.keys()) or [
         name for name in own
         if own[name].shape != given[name].shape or not given[name].isfinite().all()]
     if wrong:
-        raise ValueError(f"{shown(path)} is refused: {len(wrong)} tensors are missing, unknown, of "
-                         f"another shape or not finite; the first is {shown(wrong[0])}")
+        raise ValueError(f"{path} is refused: {len(wrong)} tensors are missing, unknown, of "
+                         f"another shape or not finite; the first is {wrong[0]}")
     module.load_state_dict(given)
 
 
@@ -719,8 +718,8 @@ def load_resnet(model, weights):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, path, path.stem.rpartition("-")[2])
         except Exception as error:  # of many kinds, from the network
-            raise OSError(f"cannot download {url} ({error}): put that file at {shown(path)}, or "
-                          "start without it by --weights none") from error
+            raise OSError(f"cannot download {url} ({error}): put that file at {path}, or start "
+                          "without it by --weights none") from error
     tensors = load_tensors(path)
     load_state(model.features.resnet, tensors, path, unused=("fc.weight", "fc.bias"))
 
@@ -985,13 +984,13 @@ def load_checkpoint(path):
     """Load a checkpoint of `save_run`. Raises what `load_tensors` raises, ValueError for others."""
     checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise ValueError(f"{shown(path)} is refused: train_model.py did not write it")
+        raise ValueError(f"{path} is refused: train_model.py did not write it")
     if checkpoint["format"] != FORMAT:
-        raise ValueError(f"{shown(path)} is refused: its format is {checkpoint['format']}, and "
-                         f"this version reads format {FORMAT}")
+        raise ValueError(f"{path} is refused: its format is {checkpoint['format']}, and this "
+                         f"version reads format {FORMAT}")
     needed = RESUMED if path.name == "model_last.pth" else TESTED
     if missing := [name for name in needed if name not in checkpoint]:
-        raise ValueError(f"{shown(path)} is refused: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is refused: it lacks {', '.join(missing)}")
     return checkpoint
 
 
@@ -1048,16 +1047,16 @@ def find_earlier_run(settings, class_names):
     if settings.fresh or not (last.exists() or best.exists()):
         return None
     if not last.exists():
-        raise ValueError(f"{shown(best)} is there without model_last.pth, which going on takes; "
-                         "--fresh moves it aside and starts a new run")
+        raise ValueError(f"{best} is there without model_last.pth, which going on takes; --fresh "
+                         "moves it aside and starts a new run")
     run = load_checkpoint(last)
     now = kept_settings(settings) | {"the class names": class_names}
     then = run["settings"] | {"the class names": run["class_names"]}
-    wrong = [f"{name}: then {shown(then.get(name))}, now {shown(now[name])}"
+    wrong = [f"{name}: then {then.get(name)}, now {now[name]}"
              for name in now if now[name] != then.get(name)]
     if wrong:
-        raise ValueError(f"{shown(last)} is of another run ({'; '.join(wrong)}): undo that, or "
-                         "start a new run by --fresh, which moves the earlier one aside")
+        raise ValueError(f"{last} is of another run ({'; '.join(wrong)}): undo that, or start a "
+                         "new run by --fresh, which moves the earlier one aside")
     return run
 
 
@@ -1130,7 +1129,7 @@ def run_script(work, parser, settings, argv):
         print("stopped:", options.saved or "nothing is lost", file=sys.stderr)
         return 130
     except RuntimeError as error:  # of CUDA, MPS, cuDNN, the CPU, or a worker
-        message = shown(str(error).strip().partition("\n")[0])
+        message = str(error).strip().partition("\n")[0]
         if re.search("out of memory|ALLOC_FAILED|can't allocate", str(error)):
             smaller = max(1, options.batch_size // 2)
             message += f": try a smaller BATCH_SIZE, such as --batch-size {smaller}"
@@ -1139,7 +1138,7 @@ def run_script(work, parser, settings, argv):
         else:
             raise
     except (ValueError, OSError) as error:
-        message = str(error).strip().rpartition("\n")[2]  # the last line of a worker's traceback
+        message = re.sub(r"(?s)^Caught .*\n", "", str(error).strip())  # a worker's traceback
     print(f"error: {shown(message)}{options.saved and f' ({options.saved})'}", file=sys.stderr)
     return 1
 
@@ -1148,14 +1147,14 @@ def check_folders(data_dir, small_dir, output_dir):
     """Raise ValueError if originals and small copies overlap, OSError if nothing can be written."""
     small, originals = small_dir.resolve(), data_dir.resolve()
     if small.is_relative_to(originals) or originals.is_relative_to(small):
-        raise ValueError(f"SMALL_DIR ({shown(small)}) and DATA_DIR ({shown(originals)}) must be "
-                         "two folders, neither inside the other")
+        raise ValueError(f"SMALL_DIR ({small}) and DATA_DIR ({originals}) must be two folders, "
+                         "neither inside the other")
     for folder in (small_dir, output_dir):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         try:
             tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
-            raise OSError(f"cannot write into {shown(folder)}: {error.strerror}") from error
+            raise OSError(f"cannot write into {folder}: {error.strerror}") from error
 
 
 def fit(model, run, split, places, settings):
