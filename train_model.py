@@ -913,7 +913,7 @@ def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
     device, sizes = next(model.parameters()).device, loader.batch_sampler.sizes
     count = processes()[1]
     learner = DistributedDataParallel(model) if count > 1 else model
-    losses, unread = [], []
+    losses = torch.zeros(len(loader), device=device)
     with progress_bar(loader, title) as bar:
         for batch, ((pixels, labels), share, size) in enumerate(zip(loader, shares, sizes), 1):
             for group in optimizer.param_groups:
@@ -931,17 +931,16 @@ def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
             scaler.update()
             optimizer.zero_grad()
             finite = loss.isfinite() & (norm.isfinite() | scaler.is_enabled())
-            unread.append(torch.where(finite, loss.detach(), torch.nan))
-            if len(unread) == READ_EVERY or batch == len(loader):
-                losses += torch.stack(unread).tolist()  # waits for the device
-                unread = []
-                check_finite(losses, shares, scaler, title)
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            losses[batch - 1] = torch.where(finite, loss.detach(), torch.nan)
+            if batch % READ_EVERY == 0 or batch == len(loader):
+                read = losses[:batch].tolist()  # waits for the device
+                check_finite(read, shares, scaler, title)
+                bar.set_postfix(loss=f"{read[-1]:.3f}", refresh=False)
             bar.update(size)
     if count > 1:  # the batch norms of the first process are those that are saved
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
-    total = sum(loss * size / count for loss, size in zip(losses, sizes))
+    total = sum(loss * size / count for loss, size in zip(read, sizes))
     return sum(gather(total)) / sum(sizes)
 
 
