@@ -417,7 +417,7 @@ def read_lists(lists_dir, attribute):
                 repeated.append(path)
             else:
                 listed[part][path] = int(label)
-                folders[int(label)][path.partition("/")[0]] += 1
+                folders[int(label)][style(path)] += 1
     report(repeated, "rows that repeat a painting, passed over")
     if attribute == "style":  # goes by the folders' names: Art_Nouveau_Modern, not Art_Nouveau
         one = {label: next(iter(count)) for label, count in folders.items() if len(count) == 1}
@@ -1063,8 +1063,7 @@ def move_aside(folder):
     """Move the files of an earlier run into previous-1, or the first such folder that is free."""
     files = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if any(file.suffix == ".pth" for file in files):
-        numbers = range(1, 10**6)
-        place = next(place for number in numbers
+        place = next(place for number in range(1, 10**6)
                      if not (place := folder / f"previous-{number}").exists())
         place.mkdir()
         for file in files:
