@@ -393,10 +393,13 @@ def judge(settings):
     device, precision = train_model.choose_device()
     model = train_model.fold_norms(train_model.to_device(model, device), precision)
     if settings.pictures:
-        return classify(model, class_names, image_size, precision, settings.pictures)
+        if train_model.processes()[0] == 0:
+            classify(model, class_names, image_size, precision, settings.pictures)
+        return
 
     train_model.check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
     places = find_test_list(checkpoint["test"], settings)
+    train_model.check_alike(list(places), checkpoint["history"])
     labels = [checkpoint["test"][path] for path in places]
     paintings = train_model.Paintings(settings.small_dir, places.values(), labels, image_size)
     batches = train_model.Batches(settings.batch_size)

@@ -162,6 +162,13 @@ def by_the_first(function, *given):
     return gather(function(*given) if processes()[0] == 0 else None)[0]
 
 
+def check_alike(*parts):
+    """Raise ValueError unless the parts are the same in all processes."""
+    if len(set(gather(seed_of(*parts)))) > 1:
+        raise ValueError("the processes see different settings, paintings or checkpoints: the "
+                         "settings and what is in their folders must be the same on all machines")
+
+
 # --------------------------------------------------------------------------------------- paintings
 
 
@@ -370,13 +377,13 @@ def artist(path):
     return file_name(path).partition("_")[0]
 
 
-def read_rows(path, row):
+def read_table(path, row):
     """Return the groups of each line that is a row, and print how many lines there are."""
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    rows = [match.groups() for line in lines if (match := row.fullmatch(line))]
+    rows = [hit.groups() for line in lines if (hit := row.fullmatch(line))]
     others = sum(map(bool, map(str.strip, lines))) - len(rows)
     print(f"{shown(path)}: {len(rows):,} rows" + (f", other lines: {others}" if others else ""))
     return rows
@@ -392,24 +399,24 @@ def read_lists(lists_dir, attribute):
 
     Raises ValueError if a list is missing, is no list, or has a label without a class.
     """
-    names = [f"{attribute}_class", f"{attribute}_val", f"{attribute}_train"]
-    files = [file for name in names for folder in (lists_dir, lists_dir / attribute.capitalize())
+    stems = [f"{attribute}_class", f"{attribute}_val", f"{attribute}_train"]
+    files = [file for name in stems for folder in (lists_dir, lists_dir / attribute.capitalize())
              for end in (".txt", ".csv", "") if (file := folder / (name + end)).is_file()]
     if not files:
         print(f"no {attribute} lists in {shown(lists_dir)}: classes and split are drawn without")
         return None
-    if [file.stem for file in files] != names:
-        raise ValueError(f"{lists_dir} must hold each of {', '.join(names)} once, and has "
+    if [file.stem for file in files] != stems:
+        raise ValueError(f"{lists_dir} must hold each of {', '.join(stems)} once, and has "
                          f"{', '.join(file.name for file in files)}: see {ARTGAN}")
     class_file, test_file, train_file = files
 
-    rows = read_rows(class_file, CLASS)
+    rows = read_table(class_file, CLASS)
     names = {int(index): name for index, name in rows}
     if not rows or sorted(names) != list(range(len(rows))) or len(set(names.values())) < len(rows):
         raise ValueError(f"{class_file} must number different classes from 0, one per line")
     listed, repeated, folders = {"test": {}, "train": {}}, [], defaultdict(Counter)
     for part, file in (("test", test_file), ("train", train_file)):
-        for path, label in read_rows(file, ROW):
+        for path, label in read_table(file, ROW):
             if int(label) not in names:
                 raise ValueError(f"{file} gives {path} the label {label}, which {class_file} does "
                                  "not name")
@@ -814,10 +821,11 @@ def make_loader(paintings, batches, workers, device):
 
     It raises what its workers raise, with their tracebacks in the message.
     """
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine's processes
     return DataLoader(
         paintings,
         batch_sampler=batches,
-        num_workers=workers if workers >= 0 else min(cores(), 16),
+        num_workers=workers if workers >= 0 else min(max(share, 1), 16),
         pin_memory=device.type == "cuda",
         persistent_workers=workers != 0,
         worker_init_fn=begin_worker,
@@ -835,7 +843,7 @@ def choose_device():
         device = torch.device("cuda", torch.cuda.current_device())
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return device, torch.bfloat16 if bf16 else torch.float16
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available() and processes()[1] == 1:  # gloo knows no MPS
         return torch.device("mps"), None
     # glibc, where it is, then keeps a step's memory for the next: 14.5 to 18.2 paintings/s
     with contextlib.suppress(AttributeError, OSError, TypeError):
@@ -1119,18 +1127,23 @@ def run_script(work, parser, settings, argv):
                 with contextlib.suppress(ValueError, SyntaxError):
                     value = ast.literal_eval(value) if name in NUMBERS else value
             setattr(options, name.lower(), check_setting(name, value))
+        check_alike(sorted((name, str(value)) for name, value in vars(options).items()
+                           if name != "workers" and not name.endswith("_dir")))
         work(options)
         if distributed.is_initialized():
             distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt:
-        print("stopped:", options.saved or "nothing is lost", file=sys.stderr)
+        if processes()[0] == 0:
+            print("stopped:", options.saved or "nothing is lost", file=sys.stderr)
         return 130
     except RuntimeError as error:  # of CUDA, MPS, cuDNN, the CPU, or a worker
         message = str(error).strip().partition("\n")[0]
         if re.search("out of memory|ALLOC_FAILED|can't allocate", str(error)):
             smaller = max(1, options.batch_size // 2)
             message += f": try a smaller BATCH_SIZE, such as --batch-size {smaller}"
+        elif processes()[1] > 1 and re.search("(?i)gloo|nccl", message):
+            message = f"another process stopped; its own message says why ({message})"
         elif re.search("DataLoader worker .pid|shared memory|Too many open files", str(error)):
             message += ": try --workers 0, which loads without worker processes"
         else:
@@ -1171,7 +1184,9 @@ def fit(model, run, split, places, settings):
                        list(paintings.values()), settings.image_size, settings.seed)
     batches = Batches(settings.batch_size, settings.seed)
     loader = make_loader(pixels, batches, settings.workers, device)
-    if history:
+    if not history:
+        settings.saved = "no epoch is saved yet; the same command starts again"
+    else:
         optimizer.load_state_dict(run.pop("optimizer"))
         if state := run.pop("scaler"):  # empty where the earlier device went without
             scaler.load_state_dict(state)
@@ -1245,9 +1260,7 @@ def train(settings):
     used = set(labels.values())
     report([name for label, name in enumerate(class_names) if label not in used],
            "classes without a painting")
-    if len(set(gather(seed_of(split, len(run["history"]))))) > 1:
-        raise ValueError("the processes see different paintings or checkpoints: the folders of the "
-                         "settings must be the same on all machines")
+    check_alike(split, run["history"])
     if settings.epochs:
         if settings.fresh:
             by_the_first(move_aside, output_dir)

@@ -80,18 +80,58 @@ def test_going_on_with_another_number_of_processes(pair):
     assert tm.load_checkpoint(folder / "out/model_last.pth")["epoch"] == 3
 
 
+def with_other_flags(*others):
+    """Return code in which the second process has further flags, as on another machine."""
+    return ("import os, train_model, test_model\nflags = sys.argv[1:]\n"
+            f"flags += {list(map(str, others))} * int(os.environ['RANK'])\n")
+
+
 def test_different_paintings_are_an_error(pair, tmp_path):
-    """The second process sees another folder, as a second machine might."""
+    """The second process sees another folder, in training and in testing."""
     folder, flags, _ = pair
     shutil.copytree(folder / "wikiart", tmp_path / "wikiart")
-    next((tmp_path / "wikiart/Cubism").iterdir()).unlink()
-    code = ("import os, train_model\nflags = sys.argv[1:]\n"
-            f"flags += ['--data-dir', {str(tmp_path / 'wikiart')!r}] * int(os.environ['RANK'])\n"
-            "sys.exit(train_model.main(flags))")
+    for path in tm.load_checkpoint(folder / "out/model_best.pth")["test"]:
+        (tmp_path / "wikiart" / path).unlink()
+        break
+    code = with_other_flags("--data-dir", tmp_path / "wikiart")
     run = torchrun(tmp_path / "run.py", *flags, "--output-dir", tmp_path / "out", "--epochs", "1",
-                   code=code)
-    assert run.returncode != 0 and "error: the processes see different paintings" in run.stderr
+                   code=code + "sys.exit(train_model.main(flags))")
+    assert run.returncode != 0 and "error: the processes see different" in run.stderr
     assert not (tmp_path / "out/model_last.pth").exists()
+    run = torchrun(tmp_path / "run.py", *flags[:2], *flags[4:8], "--workers", "0",
+                   code=code + "sys.exit(test_model.main(flags))")
+    assert run.returncode != 0 and "error: the processes see different" in run.stderr
+    assert not accuracies(run.stdout)
+
+
+def test_different_settings_are_an_error(pair, tmp_path):
+    """Other batches on the second machine would leave both waiting for ever."""
+    run = torchrun(tmp_path / "run.py", *pair[1], "--output-dir", tmp_path / "out", "--epochs", "1",
+                   code=with_other_flags("--batch-size", 7) + "sys.exit(train_model.main(flags))")
+    assert run.returncode != 0 and "error: the processes see different settings" in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_the_first_process_ends_the_others_without_a_traceback(pair, tmp_path):
+    code = ("import os, time, train_model\n"
+            "def fail(*_):\n    raise OSError('the disk is full')\n"
+            "train_model.prepare = fail\n"
+            "code = train_model.main(sys.argv[1:])\n"
+            "if os.environ['RANK'] == '0':\n"  # which outlives the other: torchrun would stop that
+            "    train_model.distributed.destroy_process_group()\n    time.sleep(4)\n"
+            "sys.exit(code)")
+    run = torchrun(tmp_path / "run.py", *pair[1], "--output-dir", tmp_path / "out", "--epochs", "1",
+                   code=code)
+    assert run.returncode != 0 and "error: the disk is full" in run.stderr
+    assert "error: another process stopped" in run.stderr and "rank1]: Trace" not in run.stderr
+
+
+def test_one_process_classifies_ones_own_pictures(pair, tmp_path):
+    folder, flags, _ = pair
+    (tmp_path / "junk.jpg").write_text("no picture")
+    run = torchrun(ROOT / "test_model.py", tmp_path, folder / "wikiart/Cubism", *flags[4:8])
+    assert run.returncode != 0 and run.stderr.count("junk.jpg: cannot be read") == 1
+    assert run.stdout.count(" %\n") == 8
 
 
 def test_a_process_that_dies_ends_the_others(pair, tmp_path):
