@@ -1188,6 +1188,9 @@ def fit(model, run, split, places, settings):
         settings.saved = "no epoch is saved yet; the same command starts again"
     else:
         optimizer.load_state_dict(run.pop("optimizer"))
+        for parameter, moments in optimizer.state.items():  # a Mac's are in another memory format,
+            for name in ("exp_avg", "exp_avg_sq"):  # which a CPU's fused AdamW would misread
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
         if state := run.pop("scaler"):  # empty where the earlier device went without
             scaler.load_state_dict(state)
         by_the_first(save_results, run, model, settings)  # makes a kill between two files good

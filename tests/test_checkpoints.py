@@ -80,6 +80,19 @@ def test_a_continued_run_is_the_run_never_stopped(finished, tmp_path, capsys, wo
     check_same_runs(finished.out, tmp_path)
 
 
+def test_moments_in_another_memory_format_change_nothing(finished, copied, tmp_path):
+    """On a Mac the optimizer's moments are contiguous; a CPU wants them channels_last."""
+    out, flags = copied
+    last = tm.load_checkpoint(out / "model_last.pth")
+    for moments in last["optimizer"]["state"].values():
+        moments |= {name: moments[name].contiguous() for name in ("exp_avg", "exp_avg_sq")}
+    torch.save(last, out / "model_last.pth")
+    shutil.copytree(finished.out, tmp_path / "own")
+    assert tm.main([*flags, "--epochs", "3"]) == 0
+    assert tm.main([*flags, "--epochs", "3", "--output-dir", str(tmp_path / "own")]) == 0
+    check_same_runs(out, tmp_path / "own")
+
+
 def test_a_kill_between_the_two_checkpoints_is_made_good(finished, copied):
     out, flags = copied
     best = tm.load_checkpoint(out / "model_best.pth")
