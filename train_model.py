@@ -10,8 +10,8 @@ Writes  small copies into SMALL_DIR; into OUTPUT_DIR bad_files.txt (pictures tha
 
 The file reads in the order of the data's way: paintings, labels, split, model, training.
 
-Measured: 16.5 paintings/s in training at 224 pixels, 3.2 times a plain script, on two cores of a
-Xeon with bf16 (torch 2.13, 2026-11-22, tests/benchmark.py). No figure on ArtGAN is measured yet.
+Measured: 19.2 paintings/s in training at 224 pixels, 3.1 times a plain script, on two cores of a
+Xeon with bf16 (torch 2.13, 2026-11-23, tests/benchmark.py). No figure on ArtGAN is measured yet.
 """
 
 import argparse
