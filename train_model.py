@@ -814,6 +814,7 @@ def begin_worker(_):
     process would wait for them for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # it would show that a batch was not taken, after Ctrl-C
     Listener().close()
 
 

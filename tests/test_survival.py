@@ -66,6 +66,11 @@ STAGES = {  # what says that the stage has begun, and the script to stop in it
                    "    print('HERE', flush=True)\n"
                    "    while True: real(*given)\n"
                    "tm.evaluate = slow", "tm"),
+    "receiving": ("from multiprocessing import connection\n"  # a batch, from a worker
+                  "def stuck(*_):\n"
+                  "    print('HERE', flush=True)\n"
+                  "    import time; time.sleep(60)\n"
+                  "connection.answer_challenge = stuck", "tm"),
     "testing": ("real = tm.evaluate\n"
                 "def slow(*given):\n"
                 "    print('HERE', flush=True)\n"
