@@ -10,7 +10,7 @@ Writes  small copies into SMALL_DIR; into OUTPUT_DIR bad_files.txt (pictures tha
 
 The file reads in the order of the data's way: paintings, labels, split, model, training.
 
-Measured: 19.2 paintings/s in training at 224 pixels, 3.1 times a plain script, on two cores of a
+Measured: 17.7 paintings/s in training at 224 pixels, 3.3 times a plain script, on two cores of a
 Xeon with bf16 (torch 2.13, 2026-11-23, tests/benchmark.py). No figure on ArtGAN is measured yet.
 """
 
