@@ -100,7 +100,8 @@ NUMBERS = {  # the settings that are numbers: (type, least, most); the others ar
     "WEIGHT_DECAY": (float, 0, 10), "DROPOUT": (float, 0, 0.99),
     "WORKERS": (int, -1, 1024), "SEED": (int, 0, 2**32),
 }
-CHANGEABLE = ("EPOCHS", "WORKERS", "DATA_DIR", "LISTS_DIR", "SMALL_DIR", "OUTPUT_DIR")  # in a run
+LOCAL = ("WORKERS", "DATA_DIR", "LISTS_DIR", "SMALL_DIR", "OUTPUT_DIR")  # may differ by machine
+CHANGEABLE = ("EPOCHS", *LOCAL)  # in a run
 RUN_FILES = ("model_last.pth", "model_best.pth", "history.csv", "class_names.txt",
              "predictions.csv", "outliers.csv", "report.html")
 PARTS = ("train", "validation", "test")
@@ -1142,7 +1143,7 @@ def run_script(work, parser, settings, argv):
                     value = ast.literal_eval(value) if name in NUMBERS else value
             setattr(options, name.lower(), check_setting(name, value))
         check_alike(sorted((name, str(value)) for name, value in vars(options).items()
-                           if name != "workers" and not name.endswith("_dir")))
+                           if name.upper() not in LOCAL))
         work(options)
         if distributed.is_initialized():
             distributed.destroy_process_group()

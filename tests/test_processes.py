@@ -16,6 +16,7 @@ import train_model as tm
 from tests.conftest import QUICK, folders
 
 ROOT = Path(__file__).resolve().parent.parent
+DIFFERENT = "error: the processes see different settings, paintings or checkpoints: "
 
 
 def torchrun(script, *flags, code=None, count=2):
@@ -96,11 +97,11 @@ def test_different_paintings_are_an_error(pair, tmp_path):
     code = with_other_flags("--data-dir", tmp_path / "wikiart")
     run = torchrun(tmp_path / "run.py", *flags, "--output-dir", tmp_path / "out", "--epochs", "1",
                    code=code + "sys.exit(train_model.main(flags))")
-    assert run.returncode != 0 and "error: the processes see different" in run.stderr
+    assert run.returncode != 0 and DIFFERENT in run.stderr
     assert not (tmp_path / "out/model_last.pth").exists()
     run = torchrun(tmp_path / "run.py", *flags[:2], *flags[4:8], "--workers", "0",
                    code=code + "sys.exit(test_model.main(flags))")
-    assert run.returncode != 0 and "error: the processes see different" in run.stderr
+    assert run.returncode != 0 and DIFFERENT in run.stderr
     assert not accuracies(run.stdout)
 
 
@@ -108,7 +109,7 @@ def test_different_settings_are_an_error(pair, tmp_path):
     """Other batches on the second machine would leave both waiting for ever."""
     run = torchrun(tmp_path / "run.py", *pair[1], "--output-dir", tmp_path / "out", "--epochs", "1",
                    code=with_other_flags("--batch-size", 7) + "sys.exit(train_model.main(flags))")
-    assert run.returncode != 0 and "error: the processes see different settings" in run.stderr
+    assert run.returncode != 0 and DIFFERENT in run.stderr
     assert not (tmp_path / "out").exists()
 
 
