@@ -1038,15 +1038,20 @@ def best_of(run, model, settings):
     }
 
 
+def note_saved(run, settings):
+    """Keep what a stop or an error has to say: which epoch is saved, and how to go on."""
+    settings.saved = (f"epoch {len(run['history'])} of {settings.epochs} is saved in "
+                      f"{shown(settings.output_dir / 'model_last.pth')}; the same command"
+                      f"{' without --fresh' * settings.fresh} goes on from there")
+
+
 def save_results(run, model, settings):
     """Write model_best.pth if the last epoch is the best, history.csv and class_names.txt.
 
     All of it follows from model_last.pth, so that a kill between the files can be made good.
     """
+    note_saved(run, settings)
     folder, accuracies = settings.output_dir, [row["validation_accuracy"] for row in run["history"]]
-    settings.saved = (f"epoch {len(accuracies)} of {settings.epochs} is saved in "
-                      f"{shown(folder / 'model_last.pth')}; the same command"
-                      f"{' without --fresh' * settings.fresh} goes on from there")
     if accuracies[-1] > max(accuracies[:-1], default=-1):
         state = best_of(run, model, settings)
         write_whole(folder / "model_best.pth", lambda file: torch.save(state, file))
@@ -1080,6 +1085,16 @@ def find_earlier_run(settings, class_names):
         raise ValueError(f"{last} is of another run ({'; '.join(wrong)}): undo that, or start a "
                          "new run by --fresh, which moves the earlier one aside")
     return run
+
+
+def restore(run, optimizer, scaler):
+    """Move the states of the optimizer and the scaler out of a checkpoint, from any device."""
+    optimizer.load_state_dict(run.pop("optimizer"))
+    for parameter, moments in optimizer.state.items():  # a Mac's are in another memory format,
+        for name in ("exp_avg", "exp_avg_sq"):  # which a CPU's fused AdamW would misread
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+    if state := run.pop("scaler"):  # empty where the earlier device went without
+        scaler.load_state_dict(state)
 
 
 def move_aside(folder):
@@ -1150,7 +1165,8 @@ def run_script(work, parser, settings, argv):
         return 0
     except KeyboardInterrupt:
         if processes()[0] == 0:
-            print("stopped:", options.saved or "nothing is lost", file=sys.stderr)
+            kept = options.saved or "nothing is lost; run the same command again"
+            print("stopped:", kept, file=sys.stderr)
         return 130
     except RuntimeError as error:  # of CUDA, MPS, cuDNN, the CPU, or a worker
         message = str(error).strip().partition("\n")[0]
@@ -1202,12 +1218,7 @@ def fit(model, run, split, places, settings):
     if not history:
         settings.saved = "no epoch is saved yet; the same command starts again"
     else:
-        optimizer.load_state_dict(run.pop("optimizer"))
-        for parameter, moments in optimizer.state.items():  # a Mac's are in another memory format,
-            for name in ("exp_avg", "exp_avg_sq"):  # which a CPU's fused AdamW would misread
-                moments[name] = torch.empty_like(parameter).copy_(moments[name])
-        if state := run.pop("scaler"):  # empty where the earlier device went without
-            scaler.load_state_dict(state)
+        restore(run, optimizer, scaler)
         by_the_first(save_results, run, model, settings)  # makes a kill between two files good
         print(f"going on after epoch {len(history)}" if len(history) < epochs else
               f"all {len(history)} epochs are trained; a larger EPOCHS trains further")
@@ -1261,6 +1272,7 @@ def train(settings):
         if earlier := find_earlier_run(settings, class_names):
             run = earlier
             load_state(model, run.pop("model"), output_dir / "model_last.pth")
+            note_saved(run, settings)
         else:
             load_resnet(model, settings.weights)
 
