@@ -344,7 +344,7 @@ do it all again, with the folders and EPOCHS of that run:</p>
 # ------------------------------------------------------------------------------------ own pictures
 
 
-def classify(model, class_names, image_size, precision, names):
+def classify(model, class_names, image_size, names):
     """Print the five likeliest classes of each picture; folders stand for the pictures in them.
 
     Raises ValueError at the end if any could not be read.
@@ -368,7 +368,7 @@ def classify(model, class_names, image_size, precision, names):
             failed += 1
             continue
         images = train_model.to_images(torch.from_numpy(pixels)[None], device)
-        with torch.inference_mode(), torch.autocast(device.type, precision, precision is not None):
+        with torch.inference_mode():
             logits = model(images).cpu()
         best = logits[0].double().softmax(0).topk(min(5, len(class_names)))
         pairs = zip(best.values.tolist(), best.indices.tolist())
@@ -391,10 +391,10 @@ def judge(settings):
     model = train_model.ArtClassifier(len(class_names))
     train_model.load_state(model, checkpoint["model"], file)
     device, precision = train_model.choose_device()
-    model = train_model.fold_norms(train_model.to_device(model, device), precision)
+    model = train_model.fold_norms(train_model.to_device(model, device, precision))
     if settings.pictures:
         if train_model.processes()[0] == 0:
-            classify(model, class_names, image_size, precision, settings.pictures)
+            classify(model, class_names, image_size, settings.pictures)
         return
 
     train_model.check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
@@ -405,7 +405,7 @@ def judge(settings):
     batches = train_model.Batches(settings.batch_size)
     batches.keep_order(range(len(paintings)))
     loader = train_model.make_loader(paintings, batches, settings.workers, device)
-    logits, labels = train_model.evaluate(model, loader, precision, "test")
+    logits, labels = train_model.evaluate(model, loader, "test")
     if train_model.processes()[0] == 0:  # the first process writes
         write_results(checkpoint, places, logits, labels, settings)
 
@@ -450,14 +450,14 @@ def write_results(checkpoint, places, logits, labels, settings):
           f"{len(class_names)} classes")
     low, high = scores["interval"]
     print(f"95 % interval of the test accuracy: {100 * low:.2f} to {100 * high:.2f} %")
-    shares = {"validation accuracy": checkpoint["validation_accuracy"],
-              "top-5 accuracy": scores["top5"], "macro-F1": scores["macro_f1"],
-              "balanced accuracy": scores["balanced_accuracy"],
-              "expected calibration error": scores["calibration_error"]}
-    shares |= {f"yardstick, {name}": share for name, share in guesses.items()}
-    for name, share in shares.items():
-        if name != "top-5 accuracy" or len(class_names) > 5:
-            print(f"{name}: {100 * share:.2f} %")
+    print(f"validation accuracy: {100 * checkpoint['validation_accuracy']:.2f} %")
+    if len(class_names) > 5:
+        print(f"top-5 accuracy: {100 * scores['top5']:.2f} %")
+    print(f"macro-F1: {100 * scores['macro_f1']:.2f} %")
+    print(f"balanced accuracy: {100 * scores['balanced_accuracy']:.2f} %")
+    print(f"expected calibration error: {100 * scores['calibration_error']:.2f} %")
+    for name, accuracy in guesses.items():
+        print(f"yardstick, {name}: {100 * accuracy:.2f} %")
     print(f"{missing:,} of {missing + len(places):,} test paintings are missing or cannot be read")
     right, count = int(scores["confusion"].trace()), len(places)
     print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings)")

@@ -8,7 +8,7 @@ Writes  small copies into SMALL_DIR; into OUTPUT_DIR bad_files.txt (pictures tha
         with reasons) and, after each epoch, model_last.pth, model_best.pth (highest validation
         accuracy so far), history.csv and class_names.txt, which test_model.py goes on from.
 
-The file reads in the order of the data's way: paintings, labels, split, model, training.
+The file follows the data: paintings, labels, split, model, training.
 
 Measured: 17.7 paintings/s in training at 224 pixels, 3.3 times a plain script, on two cores of a
 Xeon with bf16 (torch 2.13, 2026-11-23, tests/benchmark.py). No figure on ArtGAN is measured yet.
@@ -20,6 +20,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import functools
 import hashlib
 import io
 import itertools
@@ -108,9 +109,9 @@ PARTS = ("train", "validation", "test")
 ARTGAN = "https://github.com/cs-chan/ArtGAN, folder 'WikiArt Dataset'"
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # never EPS, which starts Ghostscript
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
 SMALL_SIDE = 320  # short side of a small copy in pixels
-CENTRAL = 7 / 8  # share of the short side that evaluation looks at
+MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
 MAX_PIXELS = 100_000_000  # largest picture; baseline JPEGs, which decode to less, may be larger
 BIG_PIXELS = 4_000_000  # larger ones are decoded one at a time, to bound memory
 BIG_PICTURE = threading.Lock()
@@ -120,7 +121,7 @@ CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each dir
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
 CLIP_NORM = 1.0  # largest norm of the gradient
 READ_EVERY = 20  # batches; reading losses more often would hold up the device
-FORMAT = 1  # of the checkpoints; what model_best.pth and model_last.pth hold at the least:
+CHECKPOINT_FORMAT = 1  # model_best.pth holds at least TESTED, and model_last.pth RESUMED:
 TESTED = ("settings", "class_names", "epoch", "history", "sizes", "test", "artists", "model")
 RESUMED = (*TESTED, "split", "optimizer", "scaler")
 ROW = re.compile(r"(.+?),+\s*([0-9]+)\s*")  # of ArtGAN's lists: path,label or path,,label
@@ -135,14 +136,18 @@ def join_processes():
 
     Raises ValueError if this machine has fewer GPUs than processes.
     """
-    if "LOCAL_RANK" in os.environ:
-        if torch.cuda.is_available():
-            if torch.cuda.device_count() <= (place := int(os.environ["LOCAL_RANK"])):
-                raise ValueError(f"torchrun started more processes than the "
-                                 f"{torch.cuda.device_count()} GPUs here: lower --nproc-per-node")
-            torch.cuda.set_device(place)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(days=1))  # of preparing, say
+    if "LOCAL_RANK" not in os.environ:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend, gpus = "cpu:gloo,cuda:nccl", torch.cuda.device_count()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= gpus:
+            raise ValueError(f"torchrun started more processes than the {gpus} GPUs here: lower "
+                             "--nproc-per-node")
+        torch.cuda.set_device(local_rank)
+    # the others wait while the first prepares the small copies, which may take hours
+    distributed.init_process_group(backend, timeout=timedelta(days=1))
 
 
 def processes():
@@ -162,6 +167,11 @@ def gather(value):
 def by_the_first(function, *given):
     """Return what the first process's function returns, to all processes."""
     return gather(function(*given) if processes()[0] == 0 else None)[0]
+
+
+def seed_of(*parts):
+    """Return a seed of 32 bits that follows from the parts alone, on every machine."""
+    return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
 
 
 def check_alike(*parts):
@@ -187,8 +197,8 @@ def report(items, what):
 
 
 def is_picture(name):
-    """Tell from a file's name whether it is a picture: not hidden, with a picture's ending."""
-    return name[0] != "." and os.path.splitext(name)[1].lower() in ENDINGS
+    """Return whether a file's name is a picture's: not hidden, with a picture's ending."""
+    return not name.startswith(".") and name.lower().endswith(ENDINGS)
 
 
 def list_pictures(folder):
@@ -227,7 +237,7 @@ def shrink(size, short_side):
     return tuple(max(1, round(side / scale)) for side in size)
 
 
-def flatten(image, size):
+def to_rgb(image, size):
     """Return an image in RGB and the given size: transparency on white, 16-bit grey as 8-bit."""
     if image.mode == "F":
         raise ValueError("its pixels are numbers of no known range")
@@ -250,7 +260,7 @@ def decode(source, short_side):
     that cannot be decoded at a reduced scale has more than MAX_PIXELS.
     """
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not know of draft(); ours does
-    with Image.open(source, formats=FORMATS) as image:
+    with Image.open(source, formats=PICTURE_FORMATS) as image:
         pixels = image.width * image.height
         draftable = image.format in ("JPEG", "MPO") and "progressive" not in image.info
         if pixels > MAX_PIXELS and not draftable:
@@ -258,7 +268,7 @@ def decode(source, short_side):
         with BIG_PICTURE if pixels > BIG_PIXELS and not draftable else contextlib.nullcontext():
             image.draft(image.mode, shrink(image.size, short_side))
             ImageOps.exif_transpose(image, in_place=True)
-            return flatten(image, shrink(image.size, short_side))
+            return to_rgb(image, shrink(image.size, short_side))
 
 
 def encode_small(source):
@@ -273,15 +283,15 @@ def small_name(path):
 
     No two paintings share one: x.png.jpg becomes x.png.jpg.jpg.
     """
-    stem, ending = os.path.splitext(path)
-    return path if ending == ".jpg" and not is_picture("_" + stem) else path + ".jpg"
+    unambiguous = path.endswith(".jpg") and not path[:-4].lower().endswith(ENDINGS)
+    return path if unambiguous else path + ".jpg"
 
 
 def write_whole(path, content, changed=None):
     """Write a file whole or not at all: beside its place, to the disk, then into its place.
 
     content: bytes, or a function that writes into the open file; changed: its modification time
-    in ns. What a kill leaves of it is overwritten by the next try. Raises OSError with the path.
+    in ns. What a kill leaves half-written is overwritten next time. Raises OSError with the path.
     """
     name = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
     temporary = path.with_name(f".{name}.tmp")
@@ -338,10 +348,10 @@ def prepare(found, data_dir, small_dir):
             fcntl.flock(lock, fcntl.LOCK_EX)
         copied = list_pictures(small_dir)
         outdated = [path for path, changed in found.items()
-                    if None in (changed, when := copied.get(small_name(path)))
-                    or abs(when - changed) > CLOCK_STEP]
-        for folder in set(map(style, outdated)):
-            (small_dir / folder).mkdir(exist_ok=True)
+                    if changed is None or small_name(path) not in copied
+                    or abs(changed - copied[small_name(path)]) > CLOCK_STEP]
+        for folder in {(small_dir / path).parent for path in outdated}:
+            folder.mkdir(exist_ok=True)
         bar = tqdm(pool.imap(make_copy, outdated), "small copies", len(outdated), disable=None)
         try:
             bad = {path: reason for path, reason in zip(outdated, bar) if reason}
@@ -394,7 +404,7 @@ def read_table(path, row):
 def read_lists(lists_dir, attribute):
     """Read ArtGAN's lists of an attribute, in the form of its zip or of its repository.
 
-    They stand in lists_dir, or in its folder Style, Artist, Genre. Returns the class names and
+    They are in lists_dir, or in its folder Style, Artist, Genre. Returns the class names and
     {"test": {path: label}, "train": {path: label}}, where test is what ArtGAN calls val; or None
     where there are no lists. A path listed twice counts once, by its first row; the test list is
     read first, so that it stays whole.
@@ -416,7 +426,7 @@ def read_lists(lists_dir, attribute):
     names = {int(index): name for index, name in rows}
     if not rows or sorted(names) != list(range(len(rows))) or len(set(names.values())) < len(rows):
         raise ValueError(f"{class_file} must number different classes from 0, one per line")
-    listed, repeated, folders = {"test": {}, "train": {}}, [], defaultdict(Counter)
+    listed, repeated, folders = {"test": {}, "train": {}}, [], defaultdict(set)
     for part, file in (("test", test_file), ("train", train_file)):
         for path, label in read_table(file, ROW):
             if int(label) not in names:
@@ -426,11 +436,12 @@ def read_lists(lists_dir, attribute):
                 repeated.append(path)
             else:
                 listed[part][path] = int(label)
-                folders[int(label)][style(path)] += 1
+                folders[int(label)].add(style(path))
     report(repeated, "rows that repeat a painting, passed over")
-    if attribute == "style":  # goes by the folders' names: Art_Nouveau_Modern, not Art_Nouveau
-        one = {label: next(iter(count)) for label, count in folders.items() if len(count) == 1}
-        names |= one if len(set((names | one).values())) == len(names) else {}
+    if attribute == "style":  # a style is named as its folder: Art_Nouveau_Modern, not Art_Nouveau
+        renamed = names | {label: min(own) for label, own in folders.items() if len(own) == 1}
+        if len(set(renamed.values())) == len(names):  # still different names
+            names = renamed
     return [names[label] for label in range(len(names))], listed
 
 
@@ -454,10 +465,10 @@ def read_names(found, attribute, min_paintings):
 def match(listed, found):
     """Return {listed path: path on disk} of the listed paintings that are on disk.
 
-    Some listed names are mojibake, and disks hold them as listed, decoded rightly, or with _ for
-    each odd character. What is not there to the letter is therefore looked for by its folder and
-    the ASCII letters and digits of its name, among the files that no list claims, and counts only
-    where one path and one file have that key, one of them with an odd character.
+    Some of ArtGAN's names are garbled (mojibake), and a disk may hold such a name as listed,
+    repaired, or with _ for each odd character. So a listed path that is not on disk exactly is
+    looked for by a key, its folder and the ASCII letters and digits of its name, and is matched
+    where one such path and one file that no list claims have that key, and not both are ASCII.
     """
     places = {path: path for path in listed if path in found}
 
@@ -513,15 +524,14 @@ def draw_split(labels, group_of, shares, seed):
     first two, and so on. Returns {part: [paths]}. The same seed gives the same split on every
     machine: neither the order of the labels nor Python's hash() matters.
 
-    Rare classes and large groups come first, as in iterative stratification (Sechidis et al.
-    2011); each group goes to the part that lacks the largest share of its paintings.
+    As in iterative stratification (Sechidis et al. 2011), groups with the rarest classes are
+    placed first, larger ones before smaller, each in the part that then lacks most.
     """
-    sizes, wanted = Counter(labels.values()), {}
-    for label, size in sizes.items():
-        counts = [max(1, int(size * share + 0.5)) * (place < size)
-                  for place, share in enumerate(shares.values())]
-        counts[0] = size - sum(counts[1:])
-        wanted |= {(part, label): count for part, count in zip(shares, counts)}
+    sizes, wanted, (first, *others) = Counter(labels.values()), {}, shares
+    for label, size in sizes.items():  # wanted: {(part, label): number of paintings}
+        for place, part in enumerate(others, 1):
+            wanted[part, label] = max(1, int(size * shares[part] + 0.5)) if size > place else 0
+        wanted[first, label] = size - sum(wanted[part, label] for part in others)
     members = defaultdict(list)
     for path in sorted(labels):
         members[group_of(path)].append(path)
@@ -531,17 +541,21 @@ def draw_split(labels, group_of, shares, seed):
         draw = hashlib.blake2b(f"{seed} {group}".encode("utf-8", "surrogateescape")).digest()
         return rarest, -len(members[group]), draw
 
-    def lack(part, counts):
-        """Return the share of its paintings that the part lacks when half the group is placed."""
-        return sum(count / sizes[label] * (lacking[part, label] - count / 2)
+    def need(part, counts):
+        """Return the share of what it wants that a part lacks, were half the group placed there.
+
+        counts: {label: paintings in the group}; a class counts by how much of it the group holds.
+        """
+        return sum(count / sizes[label] * (missing[part, label] - count / 2)
                    / max(wanted[part, label], 0.5) for label, count in counts.items())
 
-    split, lacking = {part: [] for part in shares}, Counter(wanted)
+    split, missing = {part: [] for part in shares}, dict(wanted)
     for group in sorted(members, key=rank):
         counts = Counter(labels[path] for path in members[group])
-        part = max(shares, key=lambda part: lack(part, counts))  # noqa: B023
+        part = max(shares, key=functools.partial(need, counts=counts))
         split[part] += members[group]
-        lacking.subtract({(part, label): count for label, count in counts.items()})
+        for label, count in counts.items():
+            missing[part, label] -= count
     return {part: sorted(paths) for part, paths in split.items()}
 
 
@@ -620,8 +634,8 @@ class FeatureExtractor(nn.Module):
         layers["relu"] = nn.ReLU()
         del layers["avgpool"], layers["fc"]
         self.resnet = nn.Sequential(layers)
-        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.mean = nn.Buffer(255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.std = nn.Buffer(255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
         """Turn images (B, 3, H, W) of 0..255 into a feature map (B, 2048, H/32, W/32)."""
@@ -637,12 +651,13 @@ class ArtClassifier(nn.Module):
         self.lstm = nn.LSTM(CHANNELS, LSTM_UNITS, batch_first=True, bidirectional=True)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(2 * LSTM_UNITS, classes)
+        self.precision = None  # the ResNet's type for mixed precision, bfloat16 or float16
 
     def forward(self, images):
         """Turn images (B, 3, H, W) of 0..255 into logits (B, classes)."""
-        feature_map = self.features(images)  # (B, 2048, H/32, W/32)
-        with torch.autocast(images.device.type, enabled=False):  # margins need float32
-            return self.read_rows(feature_map.float())  # (B, classes)
+        with torch.autocast(images.device.type, self.precision, self.precision is not None):
+            feature_map = self.features(images)  # (B, 2048, H/32, W/32)
+        return self.read_rows(feature_map.float())  # (B, classes); margins need float32
 
     def read_rows(self, feature_map):
         """Turn a feature map (B, 2048, rows, columns) into logits (B, classes)."""
@@ -657,7 +672,7 @@ class ArtClassifier(nn.Module):
         self.features.requires_grad_(not frozen)
 
 
-def fold_norms(model, precision=None):
+def fold_norms(model):
     """Return a copy for evaluation, which is faster: batch norms are folded into convolutions.
 
     Jacob et al. 2018 (arXiv 1712.05877), section 3.2; the function computed is the same. Its ResNet
@@ -665,12 +680,11 @@ def fold_norms(model, precision=None):
     """
     folded = copy.deepcopy(model).eval()
     for module in folded.modules():
-        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
-            if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
-                pair = getattr(module, conv), getattr(module, norm)
-                setattr(module, conv, fuse_conv_bn_eval(*pair))
-                setattr(module, norm, nn.Identity())
-    folded.features.resnet.to(precision)
+        for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+            if isinstance(norm, nn.BatchNorm2d):  # each stands right after its convolution
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    folded.features.resnet.to(model.precision)
     folded.lstm.flatten_parameters()  # cuDNN wants the copied weights in one piece
     return folded
 
@@ -682,17 +696,14 @@ def load_tensors(path):
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    archived, damaged = zipfile.is_zipfile(path), None
-    with contextlib.suppress(Exception):  # of many kinds; torch's words advise an unsafe load
-        damaged = archived and zipfile.ZipFile(path).testzip()
-        if not damaged:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is refused: it is cut off, or is no PyTorch file")
+    reason = "it is damaged, or holds more than tensors and plain values, which could run code"
+    with contextlib.suppress(Exception):  # of many kinds; torch advises an unsafe load
+        broken = zipfile.ZipFile(path).testzip()
+        if broken is None:
             return torch.load(path, map_location="cpu", weights_only=True)
-    if damaged:
-        reason = f"it is damaged (the checksum of {damaged} is wrong)"
-    elif archived:
-        reason = "it is damaged, or holds more than tensors and plain values, which could run code"
-    else:
-        reason = "it is cut off, or is no PyTorch file"
+        reason = f"it is damaged (the checksum of {broken} is wrong)"
     raise ValueError(f"{path} is refused: {reason}")
 
 
@@ -736,17 +747,10 @@ def load_resnet(model, weights):
 # ---------------------------------------------------------------------------------------- training
 
 
-def seed_of(*parts):
-    """Return a seed of 32 bits that follows from the parts alone, on every machine."""
-    return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
-
-
 def centre(image, image_size):
     """Return the central square, 7/8 of the short side, as image_size x image_size pixels."""
-    side = CENTRAL * min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
+    size = (image_size, image_size)
+    return ImageOps.fit(image, size, Image.Resampling.BILINEAR, bleed=MARGIN)
 
 
 class Paintings(Dataset):
@@ -809,14 +813,14 @@ class Batches(list):
 
 
 def begin_worker(_):
-    """Leave Ctrl-C, which a terminal sends to the workers too, to the main process.
+    """Prepare a worker: Ctrl-C, which a terminal sends to it too, is for the main process.
 
-    Raises OSError where no socket can be made to send batches, as on a full disk: later, the main
-    process would wait for them for ever.
+    Raises OSError where no socket can be made, as on a full disk: batches go through sockets, and
+    the main process would wait for them for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None  # it would show that a batch was not taken, after Ctrl-C
-    Listener().close()
+    sys.excepthook = lambda *_: None  # after Ctrl-C, a batch that nobody takes is no news
+    Listener().close()  # a socket, made and given up
 
 
 def make_loader(paintings, batches, workers, device):
@@ -836,6 +840,17 @@ def make_loader(paintings, batches, workers, device):
     )
 
 
+def keep_freed_memory():
+    """Let a training step take the memory that the last one freed, instead of asking the system.
+
+    On Linux, where the C library is glibc: 14.5 to 18.2 paintings/s in training on two cores.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def choose_device():
     """Return CUDA, MPS or the CPU, the first that is there, and its type for mixed precision.
 
@@ -848,18 +863,15 @@ def choose_device():
         return device, torch.bfloat16 if bf16 else torch.float16
     if torch.backends.mps.is_available() and processes()[1] == 1:  # gloo knows no MPS
         return torch.device("mps"), None
-    # glibc, where it is, then keeps a step's memory for the next: 14.5 to 18.2 paintings/s
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+    keep_freed_memory()
     instructions = torch.cpu.get_capabilities()
     bf16 = any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.device("cpu"), torch.bfloat16 if bf16 else None
 
 
-def to_device(model, device):
-    """Move a model to the device, in the memory format in which it convolves fastest."""
+def to_device(model, device, precision=None):
+    """Move a model to the device, in the precision and memory format that are fastest there."""
+    model.precision = precision
     fastest = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return model.to(device, memory_format=fastest)
 
@@ -925,7 +937,7 @@ def check_finite(losses, shares, scaler, title):
                          "epoch is kept; try a smaller LEARNING_RATE")
 
 
-def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
+def train_epoch(model, loader, optimizer, scaler, shares, title):
     """Train on every batch of the loader once; return the mean loss of a painting.
 
     shares: for each batch, the learning rate as a share of its peak.
@@ -934,7 +946,7 @@ def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
     """
     device, sizes = next(model.parameters()).device, loader.batch_sampler.sizes
     count = processes()[1]
-    learner = DistributedDataParallel(model) if count > 1 else model
+    parallel = DistributedDataParallel(model) if count > 1 else model
     losses = torch.zeros(len(loader), device=device)
     with progress_bar(loader, title) as bar:
         steps = zip(in_bursts(loader), shares, sizes)
@@ -943,16 +955,18 @@ def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
                 group["lr"] = group["peak"] * share
             images = to_images(pixels, device)
             labels = labels.to(device, non_blocking=labels.is_pinned())
-            with torch.autocast(device.type, precision, enabled=precision is not None):
-                logits = learner(images)
-            # the mean of the processes' gradients is to be that of the whole batch
-            loss = nn.functional.cross_entropy(logits, labels) * (len(labels) * count / size)
+            # Gradients are averaged over the processes. Weighted so, their average is that of the
+            # whole batch, also where the processes' parts of it differ in size.
+            loss = nn.functional.cross_entropy(parallel(images), labels)
+            loss = loss * (len(labels) * count / size)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            scaler.step(optimizer)  # in fp16 a gradient may overflow: the scaler skips that step
+            scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
+            # A bad step is noted as NaN on the device, and read later. Where the scaler is on, a
+            # gradient may overflow: it skips that step and lowers its scale.
             finite = loss.isfinite() & (norm.isfinite() | scaler.is_enabled())
             losses[batch - 1] = torch.where(finite, loss.detach(), torch.nan)
             if batch % READ_EVERY == 0 or batch == len(loader):
@@ -968,7 +982,7 @@ def train_epoch(model, loader, optimizer, scaler, precision, shares, title):
 
 
 @torch.inference_mode()
-def evaluate(model, loader, precision, title):
+def evaluate(model, loader, title):
     """Return logits (N, classes) and labels (N), on the CPU, of a pass, in the order of indices.
 
     Raises ValueError if a logit is not finite.
@@ -977,8 +991,7 @@ def evaluate(model, loader, precision, title):
     model.eval()
     with progress_bar(loader, title) as bar:
         for (pixels, labels), size in zip(in_bursts(loader), loader.batch_sampler.sizes):
-            with torch.autocast(device.type, precision, enabled=precision is not None):
-                logits.append(model(to_images(pixels, device)))
+            logits.append(model(to_images(pixels, device)))
             truth.append(labels)
             bar.update(size)
     indices = torch.tensor([index for batch in loader.batch_sampler for index, _ in batch])
@@ -1007,9 +1020,9 @@ def load_checkpoint(path):
     checkpoint = load_tensors(path)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(f"{path} is refused: train_model.py did not write it")
-    if checkpoint["format"] != FORMAT:
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} is refused: its format is {checkpoint['format']}, and this "
-                         f"version reads format {FORMAT}")
+                         f"version reads format {CHECKPOINT_FORMAT}")
     needed = RESUMED if path.name == "model_last.pth" else TESTED
     if missing := [name for name in needed if name not in checkpoint]:
         raise ValueError(f"{path} is refused: it lacks {', '.join(missing)}")
@@ -1021,10 +1034,10 @@ def kept_settings(settings):
     return {name: getattr(settings, name.lower()) for name in SETTINGS if name not in CHANGEABLE}
 
 
-def best_of(run, model, settings):
+def checkpoint_of(run, model, settings):
     """Return what testing takes, on this machine or another, as plain values and tensors."""
     return {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "settings": kept_settings(settings),
         "class_names": run["class_names"],
         "epoch": len(run["history"]),
@@ -1039,7 +1052,10 @@ def best_of(run, model, settings):
 
 
 def note_saved(run, settings):
-    """Keep what a stop or an error has to say: which epoch is saved, and how to go on."""
+    """Set what Ctrl-C or an error adds to its message: which epoch is saved, and how to go on."""
+    if not run["history"]:
+        settings.saved = "no epoch is saved yet; the same command starts again"
+        return
     settings.saved = (f"epoch {len(run['history'])} of {settings.epochs} is saved in "
                       f"{shown(settings.output_dir / 'model_last.pth')}; the same command"
                       f"{' without --fresh' * settings.fresh} goes on from there")
@@ -1048,12 +1064,12 @@ def note_saved(run, settings):
 def save_results(run, model, settings):
     """Write model_best.pth if the last epoch is the best, history.csv and class_names.txt.
 
-    All of it follows from model_last.pth, so that a kill between the files can be made good.
+    All of it follows from model_last.pth, so a run killed between the files can be mended.
     """
     note_saved(run, settings)
     folder, accuracies = settings.output_dir, [row["validation_accuracy"] for row in run["history"]]
     if accuracies[-1] > max(accuracies[:-1], default=-1):
-        state = best_of(run, model, settings)
+        state = checkpoint_of(run, model, settings)
         write_whole(folder / "model_best.pth", lambda file: torch.save(state, file))
     write_table(folder / "history.csv", run["history"][0], run["history"])
     names = "".join(f"{shown(name)}\n" for name in run["class_names"])
@@ -1062,7 +1078,7 @@ def save_results(run, model, settings):
 
 def save_run(run, model, optimizer, scaler, settings):
     """Write model_last.pth, which holds all that going on takes, then the other files of a run."""
-    state = best_of(run, model, settings) | {
+    state = checkpoint_of(run, model, settings) | {
         "split": run["split"], "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     write_whole(settings.output_dir / "model_last.pth", lambda file: torch.save(state, file))
     save_results(run, model, settings)
@@ -1100,13 +1116,14 @@ def restore(run, optimizer, scaler):
 def move_aside(folder):
     """Move the files of an earlier run into previous-1, or the first such folder that is free."""
     files = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if any(file.suffix == ".pth" for file in files):
-        place = next(place for number in range(1, 10**6)
-                     if not (place := folder / f"previous-{number}").exists())
-        place.mkdir()
+    if any(file.suffix == ".pth" for file in files):  # class_names.txt alone is no run
+        number = 1
+        while (aside := folder / f"previous-{number}").exists():
+            number += 1
+        aside.mkdir()
         for file in files:
-            file.rename(place / file.name)
-        print(f"the earlier run is now in {shown(place)}")
+            file.rename(aside / file.name)
+        print(f"the earlier run is now in {shown(aside)}")
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -1118,10 +1135,18 @@ def make_parser(description, settings, *scripts):
     notes = dict(re.findall(r"^([A-Z_]+) = .*?  # (.+)$", text, re.MULTILINE))
     parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
     for name, value in settings.items():
-        flag, note = "--" + name.lower().replace("_", "-"), f"{notes.get(name)} [{value}]"
-        parser.add_argument(flag, default=argparse.SUPPRESS, metavar="VALUE",
-                            help=note.replace("%", "%%"))
+        parser.add_argument("--" + name.lower().replace("_", "-"), metavar="VALUE",
+                            type=literal if name in NUMBERS else str, default=argparse.SUPPRESS,
+                            help=f"{notes.get(name)} [{value}]".replace("%", "%%"))
     return parser
+
+
+def literal(text):
+    """Return the number that a text spells, or else the text, which `check_setting` refuses."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def check_setting(name, value):
@@ -1137,11 +1162,24 @@ def check_setting(name, value):
     return Path(value).expanduser() if name.endswith("_DIR") else value
 
 
-def run_script(work, parser, settings, argv):
-    """Run `work` on the settings, constants or flags; return the exit code.
+def explain(error, options):
+    """Return what a user can do about an error, in one line, or None where it is a bug."""
+    message = str(error).strip()
+    if isinstance(error, (ValueError, OSError)):
+        return re.sub(r"(?s)^Caught .*\n", "", message)  # without a worker's traceback
+    first_line = message.partition("\n")[0]
+    if re.search("out of memory|ALLOC_FAILED|can't allocate", message):
+        smaller = max(1, options.batch_size // 2)
+        return f"{first_line}: try a smaller BATCH_SIZE, such as --batch-size {smaller}"
+    if processes()[1] > 1 and re.search("(?i)gloo|nccl", first_line):
+        return f"another process stopped; its own message says why ({first_line})"
+    if re.search("DataLoader worker .pid|shared memory|Too many open files", message):
+        return f"{first_line}: try --workers 0, which loads without worker processes"
+    return None
 
-    Errors that a user can mend, ValueError and OSError, become one line here; others are bugs.
-    """
+
+def run_script(work, parser, settings, argv):
+    """Run `work` on the settings, given as constants or flags; return the exit code."""
     options = parser.parse_args(argv)
     options.saved = ""  # what a run that is stopped now leaves behind
     for stream in (sys.stdout, sys.stderr):  # names of files may be beyond the terminal's letters
@@ -1151,11 +1189,8 @@ def run_script(work, parser, settings, argv):
         join_processes()
         if processes()[0]:
             sys.stdout = io.StringIO()  # the first process speaks for all
-        for name, value in settings.items():
-            if hasattr(options, name.lower()):
-                value = getattr(options, name.lower())
-                with contextlib.suppress(ValueError, SyntaxError):
-                    value = ast.literal_eval(value) if name in NUMBERS else value
+        for name, constant in settings.items():
+            value = getattr(options, name.lower(), constant)  # the flag, where it is given
             setattr(options, name.lower(), check_setting(name, value))
         check_alike(sorted((name, str(value)) for name, value in vars(options).items()
                            if name.upper() not in LOCAL))
@@ -1168,21 +1203,12 @@ def run_script(work, parser, settings, argv):
             kept = options.saved or "nothing is lost; run the same command again"
             print("stopped:", kept, file=sys.stderr)
         return 130
-    except RuntimeError as error:  # of CUDA, MPS, cuDNN, the CPU, or a worker
-        message = str(error).strip().partition("\n")[0]
-        if re.search("out of memory|ALLOC_FAILED|can't allocate", str(error)):
-            smaller = max(1, options.batch_size // 2)
-            message += f": try a smaller BATCH_SIZE, such as --batch-size {smaller}"
-        elif processes()[1] > 1 and re.search("(?i)gloo|nccl", message):
-            message = f"another process stopped; its own message says why ({message})"
-        elif re.search("DataLoader worker .pid|shared memory|Too many open files", str(error)):
-            message += ": try --workers 0, which loads without worker processes"
-        else:
+    except (ValueError, OSError, RuntimeError) as error:
+        message = explain(error, options)
+        if message is None:
             raise
-    except (ValueError, OSError) as error:
-        message = re.sub(r"(?s)^Caught .*\n", "", str(error).strip())  # a worker's traceback
-    print(f"error: {shown(message)}{options.saved and f' ({options.saved})'}", file=sys.stderr)
-    return 1
+        print(f"error: {shown(message)}{options.saved and f' ({options.saved})'}", file=sys.stderr)
+        return 1
 
 
 def check_folders(data_dir, small_dir, output_dir):
@@ -1206,7 +1232,7 @@ def fit(model, run, split, places, settings):
     pretrained = settings.weights != "none"
     frozen_epochs = settings.frozen_epochs if pretrained else 0
     backbone_rate = settings.backbone_rate if pretrained else 1
-    to_device(model, device)
+    to_device(model, device, precision)
     optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
 
@@ -1215,26 +1241,24 @@ def fit(model, run, split, places, settings):
                        list(paintings.values()), settings.image_size, settings.seed)
     batches = Batches(settings.batch_size, settings.seed)
     loader = make_loader(pixels, batches, settings.workers, device)
-    if not history:
-        settings.saved = "no epoch is saved yet; the same command starts again"
-    else:
+    if history:
         restore(run, optimizer, scaler)
-        by_the_first(save_results, run, model, settings)  # makes a kill between two files good
+        by_the_first(save_results, run, model, settings)  # mends a run killed between them
         print(f"going on after epoch {len(history)}" if len(history) < epochs else
               f"all {len(history)} epochs are trained; a larger EPOCHS trains further")
     print(f"device {device}, {precision or torch.float32}, loader processes {loader.num_workers}")
     for epoch in range(len(history) + 1, epochs + 1):
+        note_saved(run, settings)
         title, begun = f"epoch {epoch}/{epochs}", time.perf_counter()
         torch.manual_seed(seed_of(settings.seed, epoch) + processes()[0])  # of dropout
         model.start_training(frozen=epoch <= frozen_epochs)
         batches.shuffle(range(train_count), epoch)
-        steps = [epoch - 1 + (step + 0.5) / len(batches) for step in range(len(batches))]
-        shares = [rate_at(step, epochs, frozen_epochs, settings.warmup_epochs) for step in steps]
-        loss = train_epoch(model, loader, optimizer, scaler, precision, shares, title)
+        progress = [epoch - 1 + (step + 0.5) / len(batches) for step in range(len(batches))]
+        shares = [rate_at(now, epochs, frozen_epochs, settings.warmup_epochs) for now in progress]
+        loss = train_epoch(model, loader, optimizer, scaler, shares, title)
         speed = train_count / (time.perf_counter() - begun)
         batches.keep_order(range(train_count, len(paintings)))
-        folded = fold_norms(model, precision)
-        logits, labels = evaluate(folded, loader, precision, f"{title} validation")
+        logits, labels = evaluate(fold_norms(model), loader, f"{title} validation")
         accuracy = (logits.argmax(1) == labels).double().mean().item()
         history.append({
             "epoch": epoch,

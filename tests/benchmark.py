@@ -136,7 +136,7 @@ def plain_script(options):
     return {"training": train, "evaluation": evaluate, "saving": save}
 
 
-def as_torchvision(model, _):
+def as_torchvision(model):
     """Return a copy that evaluates as torchvision's ResNet does: eager, in place, norms apart."""
     plain = copy.deepcopy(model).eval()
     plain.features.resnet.relu.inplace = True
@@ -149,7 +149,8 @@ def as_torchvision(model, _):
 def this_project(options, in_memory=False):
     """Return passes by train_model's functions, over small copies or one batch in memory."""
     device, precision = train_model.choose_device()
-    model = train_model.to_device(train_model.ArtClassifier(CLASSES, dropout=0.3), device)
+    model = train_model.to_device(
+        train_model.ArtClassifier(CLASSES, dropout=0.3), device, precision)
     optimizer = train_model.make_optimizer(model, 1e-5, 1, 0.05)
     scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
     paths = list(train_model.list_pictures(options.originals))
@@ -167,11 +168,11 @@ def this_project(options, in_memory=False):
     def train(steps):
         batches.shuffle(range(steps * options.batch_size), next(epochs))
         model.start_training(frozen=False)
-        train_model.train_epoch(model, loader, optimizer, scaler, precision, [1.0] * steps, "")
+        train_model.train_epoch(model, loader, optimizer, scaler, [1.0] * steps, "")
 
     def evaluate(steps, fold=train_model.fold_norms):
         batches.keep_order(range(steps * options.batch_size))
-        train_model.evaluate(fold(model, precision), loader, precision, "")
+        train_model.evaluate(fold(model), loader, "")
 
     def save(_):
         settings = argparse.Namespace(output_dir=options.originals.parent, fresh=False)

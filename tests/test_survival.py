@@ -451,7 +451,8 @@ def test_random_bytes_in_lists(tmp_path):
 def test_random_bytes_in_checkpoints(tmp_path):
     """Changed bytes are refused, or fall where they change nothing that is read."""
     chance, path = random.Random(4), tmp_path / "x.pth"
-    checkpoint = {"format": tm.FORMAT, "model": {"weight": torch.arange(1000.0)}, "names": ["a"]}
+    checkpoint = {"format": tm.CHECKPOINT_FORMAT, "names": ["a"],
+                  "model": {"weight": torch.arange(1000.0)}}
     torch.save(checkpoint, path)
     whole, outcomes = path.read_bytes(), set()
     for _ in range(300):

@@ -295,10 +295,10 @@ def test_steps_do_not_wait_for_the_device(monkeypatch):
             work([0.1] * steps)
         return counter.count
 
-    train = functools.partial(tm.train_epoch, model, loader, optimizer, scaler, None, title="")
+    train = functools.partial(tm.train_epoch, model, loader, optimizer, scaler, title="")
     assert reads(train, 12) - reads(train, 4) == 2
     assert reads(lambda _: [loss.item() for loss in torch.zeros(9)], 1) == 9  # it does count
-    evaluate = functools.partial(tm.evaluate, tm.fold_norms(model), loader, None)
+    evaluate = functools.partial(tm.evaluate, tm.fold_norms(model), loader)
     assert reads(lambda _: evaluate(""), 9) == reads(lambda _: evaluate(""), 3) > 0
 
 
