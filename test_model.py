@@ -4,7 +4,8 @@
     python test_model.py photo.jpg folder/    the five likeliest classes of pictures of one's own
     python test_model.py --help               every setting as a flag
 
-Reads   model_best.pth in OUTPUT_DIR, which names the test paintings, and those paintings.
+Reads   model_best.pth in OUTPUT_DIR, which names the test paintings, and those paintings; for the
+        learning curve's later epochs, model_last.pth too, where it is there.
 Writes  into OUTPUT_DIR predictions.csv (one row a test painting), outliers.csv (paintings that
         might not fit the class they are assigned to) and report.html (all of it to look at).
 """
@@ -14,6 +15,7 @@ import html
 import io
 import math
 import platform
+import re
 import shlex
 import sys
 import time
@@ -162,7 +164,8 @@ path, polyline { fill: none; stroke: var(--line) } .best { stroke: var(--ink) }
 table { border-spacing: 0; font-variant-numeric: tabular-nums; line-height: 1.3 }
 th, td { font-weight: 400; text-align: left; vertical-align: bottom; --thick: 3px }
 .classes { width: 100%; table-layout: fixed; font-size: clamp(.74rem, 3vw, .95rem) }
-.classes th { width: 29%; padding: .5rem 0 } .matrix { font-size: .75rem }
+.classes th { width: 29%; padding: .5rem 0 } .matrix { font-size: .75rem;
+  min-width: min(30rem, 100%) }
 .classes td, .classes th + th { width: auto; padding: .5rem 0 .5rem .4rem; text-align: right }
 .matrix td { min-width: 2.1rem; height: 1.9rem; border: 1px solid var(--paper); text-align: center;
   background: rgb(var(--heat) / var(--s, 0)); white-space: nowrap; vertical-align: middle }
@@ -174,9 +177,9 @@ th, td { font-weight: 400; text-align: left; vertical-align: bottom; --thick: 3p
 img { display: block; width: 100%; height: 10rem; object-fit: contain; object-position: 0 100% }
 @media print { @page { margin: 14mm } body { padding: 0; font-size: 10pt } h2 { margin-top: 2rem }
   h3, .hang, ol { margin: 1rem 0; break-inside: avoid } h2, h3, caption { break-after: avoid }
-  tr, figure, dl div { break-inside: avoid } figcaption { font: 7pt/1.3 sans-serif }
+  tr, figure, dl div { break-inside: avoid } .hang figcaption { font: 7pt/1.3 sans-serif }
   h1 b { font-size: 4.5rem } .wide { --least: 15rem }
-  .matrix { font-size: 5pt } .matrix td { min-width: 0; height: 0 } .matrix th { min-width: 5rem }
+  .matrix { font-size: 5pt } .matrix td { min-width: 0; height: 2em } .matrix th { min-width: 5rem }
   .hang { gap: 1rem; grid-template-columns: repeat(6, 1fr) } img { height: 6rem } }"""
 
 
@@ -224,8 +227,8 @@ def headline(attribute, names, scores, guesses):
     others = [
         ("Top-5 accuracy", "top5", "the given class is among the five likeliest"),
         ("Macro-F1", "macro_f1", "precision and recall in one; every class counts alike"),
-        ("Balanced accuracy", "balanced_accuracy", "the share found of a class, on average"),
-        ("Calibration error", "calibration_error", "how far confidence is from being right"),
+        ("Balanced accuracy", "balanced_accuracy", "recall, averaged over the classes"),
+        ("Calibration error", "calibration_error", "the gap between confidence and accuracy"),
     ][len(names) <= 5:]
     pairs = [(name, f"<b>{scores[key]:.1%}</b>{words}") for name, key, words in others]
     return f"""<header class="wide"><div><h1>Test accuracy, {escaped(attribute)}
@@ -242,7 +245,7 @@ def learning_curve(history, best):
     losses = {name: [row[f"{name}_loss"] for row in history] for name in ("validation", "training")}
     accuracy = {"validation": [100 * row["validation_accuracy"] for row in history]}
     return f"""<h2>Learning curve</h2><figure><div class="wide">{draw("Loss", "", losses, best)}
-{draw("Validation accuracy", "%", accuracy, best)}</div><figcaption>Solid: on the validation’s
+{draw("Accuracy", "%", accuracy, best)}</div><figcaption>Solid: on the validation’s
 paintings, which choose the best epoch. Dashed: on those that the model learns from. Epoch {best} is
 tested here.</figcaption></figure>"""
 
@@ -250,10 +253,10 @@ tested here.</figcaption></figure>"""
 def draw(title, unit, lines, best):
     """Return a drawing (SVG, 400 x 230) of the lines {name: values}, one value an epoch."""
     count = len(lines["validation"])
-    said = f"{title}, {lines['validation'][best - 1]:.2f}{unit} in epoch {best}"
-    step = 20 if unit else math.ceil(max(map(max, lines.values())) / 5) or 1
+    said = f"{title}, validation: {lines['validation'][best - 1]:.2f}{unit} in epoch {best}"
+    step = 20 if unit else math.ceil(2 * max(map(max, lines.values()))) / 10 or 1
     parts = [f'<path d="M50 {205 - 30 * n}H390"/><text x="42" y="{209 - 30 * n}" text-anchor="end">'
-             f"{n * step}{unit}</text>" for n in range(6)]
+             f"{n * step:g}{unit}</text>" for n in range(6)]
     x = [50 + 340 * place / max(count - 1, 1) for place in range(count)]
     for name, line in lines.items():
         points = [f"{a:.1f} {205 - 30 * value / step:.1f}" for a, value in zip(x, line)]
@@ -269,12 +272,13 @@ def class_table(names, scores):
     """Return the scores of each class as a table, the highest F1 first."""
     given, named, rows = scores["count"], scores["confusion"].sum(0), []
     defined = {"precision": named, "recall": given, "f1": given + named}
-    for place in np.argsort(-scores["f1"], kind="stable"):
+    for place in np.lexsort((-scores["f1"], given == 0)):  # classes without a painting come last
         cells = [f'<td style="--s:{scores[key][place]:.3f}">{scores[key][place]:.1%}</td>'
                  if defined[key][place] else "<td>–</td>" for key in defined]
         rows.append((names[place], f"<td>{given[place]:,}</td>{''.join(cells)}"))
     caption = """Precision: the share of what the model puts into the class that belongs there.
-Recall: the share of the class that the model finds. F1: both in one; the highest comes first."""
+Recall: the share of the class that the model finds. F1: both in one; the highest comes first, and
+classes without a test painting last."""
     heads = ("Class", "Paintings", "Precision", "Recall", "F1")
     return "<h2>Class by class</h2>" + table("classes", caption, heads, rows)
 
@@ -307,11 +311,12 @@ def gallery(predictions, outliers, small_dir):
              f"{''.join(outlier(row, small_dir) for row in rows[:GALLERY])}</div>\n"
              for name, rows in outliers.items() if rows]
     return f"""<h2>Paintings that might not fit their class</h2>
-<p>The margin says how much likelier than the given class the model finds another: at 0 equally
-likely, at +1 2.7 times, at +3 20 times as likely; below 0 the given class is the likeliest. It is
-above 0 for {apart:,} of {len(predictions):,} paintings. That says that the model disagrees with the
-label, not that the label is wrong: worth a second look, no more. Here are the largest margins of
-each class, at most {GALLERY}; outliers.csv has more of them.</p>{"".join(parts)}"""
+<p>The margin says how much likelier than the given class the model finds another: at 0 both are
+equally likely, at +1 the other is 2.7 times as likely, at +3 20 times. It is above 0 for {apart:,}
+of {len(predictions):,} paintings: there the model disagrees with the label, which may be right all
+the same. They are worth a second look, no more. Below 0 the model agrees, and a painting here only
+fits less well than others. Shown are at most {GALLERY} of each class, the largest margins first;
+outliers.csv lists as many as OUTLIERS_PER_CLASS says.</p>{"".join(parts)}"""
 
 
 def outlier(row, small_dir):
@@ -320,9 +325,10 @@ def outlier(row, small_dir):
         image.thumbnail((200, 200))
         image.save(jpeg := io.BytesIO(), "JPEG", quality=70)
     path, words = html.escape(shown(row["path"])), "fits better" if row["margin"] > 0 else "is next"
+    margin, name = f"{row['margin']:+.2f}".replace("-", "−"), re.sub("([/_-])", r"\1<wbr>", path)
     return f"""<figure><img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}"
 alt="{path}"><figcaption>given {escaped(row["class"])}<br><b>{escaped(row["fits_better"])}</b>
-{words}<br>margin {row["margin"]:+.2f}<br><small>{path}</small></figcaption></figure>"""
+{words}<br>margin {margin}<br><small>{name}</small></figcaption></figure>"""
 
 
 def how_made(checkpoint, tested, missing):
@@ -333,10 +339,10 @@ def how_made(checkpoint, tested, missing):
     made = settings | checkpoint["versions"] | {"Python": platform.python_version()}
     sizes = ", ".join(f"{size:,} for {part}" for part, size in checkpoint["sizes"].items())
     return f"""<h2>How it was made</h2>
-<p>A ResNet-50, read row by row by an LSTM, learned to tell {escaped(settings["ATTRIBUTE"])}. The
-split is by {escaped(settings["GROUP_BY"])}: {sizes}. Of the last, {tested:,} paintings were tested
-and {missing:,} are missing or cannot be read. This page was made on {time.strftime("%Y-%m-%d")}. To
-do it all again, with the folders and EPOCHS of that run:</p>
+<p>A ResNet-50, read row by row by an LSTM, learned to tell {escaped(settings["ATTRIBUTE"])}.
+The split is {html.escape(shown(checkpoint["split_from"]))}: {sizes}. Of the last, {tested:,}
+paintings were tested and {missing:,} are missing or cannot be read. This page was made on
+{time.strftime("%Y-%m-%d")}. To do it all again, with the folders of that run:</p>
 <p><code>python train_model.py{html.escape(shown(flags))}<br>python test_model.py</code>
 </p>{facts((name, html.escape(shown(value))) for name, value in made.items())}"""
 
@@ -349,18 +355,18 @@ def classify(model, class_names, image_size, names):
 
     Raises ValueError at the end if any could not be read.
     """
+    if "" in names:
+        raise ValueError("the command names an empty path")
     files = []
     for name in map(Path, names):
         inside = sorted(path for path in name.rglob("*") if train_model.is_picture(path.name)
                         and path.is_file() and "/." not in f"/{path.relative_to(name).as_posix()}")
-        files += inside if name.is_dir() else [name]
-    if not files:
-        raise ValueError("there is no picture in what the command names")
+        files += inside or [name]
     device, failed = next(model.parameters()).device, 0
     for file in files:
         try:
             if file.exists() and not file.is_file():
-                raise ValueError("no regular file")
+                raise ValueError("no regular file, or a folder without pictures")
             with Image.open(io.BytesIO(train_model.encode_small(file))) as image:
                 pixels = np.array(train_model.centre(image, image_size))
         except Exception as error:  # of nearly any kind, from Pillow

@@ -74,7 +74,7 @@ ATTRIBUTE = "style"  # what to learn: style, artist, genre, or another that LIST
 DATA_DIR = "wikiart"  # the unzipped originals, one folder per style; never written to
 LISTS_DIR = "wikiart_csv"  # ArtGAN's lists, used when they are there
 SMALL_DIR = "wikiart_small"  # the small copies, and nothing else
-OUTPUT_DIR = "."  # checkpoints, class_names.txt, history.csv, bad_files.txt
+OUTPUT_DIR = "."  # checkpoints, and all else that training and testing write
 GROUP_BY = "painting"  # "artist" keeps all paintings of an artist in one part of the split
 MIN_PAINTINGS = 100  # fewest paintings of an artist that make a class, where there are no lists
 WEIGHTS = "imagenet"  # where the ResNet starts: "imagenet" (a 98 MB download), "none", or a file
@@ -112,7 +112,7 @@ ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
 SMALL_SIDE = 320  # short side of a small copy in pixels
 MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
-MAX_PIXELS = 100_000_000  # largest picture; baseline JPEGs, which decode to less, may be larger
+MAX_PIXELS = 50_000_000  # largest picture; baseline JPEGs, which decode to less, may be larger
 BIG_PIXELS = 4_000_000  # larger ones are decoded one at a time, to bound memory
 BIG_PICTURE = threading.Lock()
 CLOCK_STEP = 2 * 10**9  # ns; times of files closer than this are the same (FAT counts in 2 s)
@@ -122,10 +122,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RG
 CLIP_NORM = 1.0  # largest norm of the gradient
 READ_EVERY = 20  # batches; reading losses more often would hold up the device
 CHECKPOINT_FORMAT = 1  # model_best.pth holds at least TESTED, and model_last.pth RESUMED:
-TESTED = ("settings", "class_names", "epoch", "history", "sizes", "test", "artists", "model")
-RESUMED = (*TESTED, "split", "optimizer", "scaler")
-ROW = re.compile(r"(.+?),+\s*([0-9]+)\s*")  # of ArtGAN's lists: path,label or path,,label
-CLASS = re.compile(r"\s*([0-9]+)\s+(.+?)\s*")  # of its class files: index name
+TESTED = {"settings": dict, "class_names": list, "epoch": int, "validation_accuracy": float,
+          "history": list, "sizes": dict, "test": dict, "artists": dict, "versions": dict,
+          "split_from": str, "model": dict}
+RESUMED = TESTED | {"split": dict, "optimizer": dict, "scaler": dict}
+ROW = re.compile(r"(.+?),+\s*([0-9]+)")  # of ArtGAN's lists: path,label or path,,label
+CLASS = re.compile(r"([0-9]+)\s+(.+)")  # of its class files
+EXAMPLE = {ROW: "Cubism/juan-gris_violin-1916.jpg,7", CLASS: "7 Cubism"}
 
 # --------------------------------------------------------------------------------------- processes
 # One, or as many as torchrun starts. The first prepares and writes; all draw the same split.
@@ -239,10 +242,10 @@ def shrink(size, short_side):
 
 def to_rgb(image, size):
     """Return an image in RGB and the given size: transparency on white, 16-bit grey as 8-bit."""
-    if image.mode == "F":
+    if image.mode in ("I", "F"):
         raise ValueError("its pixels are numbers of no known range")
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I;16"):  # grey, which convert() would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     mode = "RGBA" if image.has_transparency_data else "RGB"
     image = image if image.mode == mode else image.convert(mode)
     image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
@@ -390,14 +393,22 @@ def artist(path):
 
 
 def read_table(path, row):
-    """Return the groups of each line that is a row, and print how many lines there are."""
+    """Return the groups of each line that is a row; print how many there are, and other lines.
+
+    Raises ValueError if there is no row, or the file is no text.
+    """
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    rows = [hit.groups() for line in lines if (hit := row.fullmatch(line))]
-    others = sum(map(bool, map(str.strip, lines))) - len(rows)
-    print(f"{shown(path)}: {len(rows):,} rows" + (f", other lines: {others}" if others else ""))
+    hits = [(line, row.fullmatch(line)) for line in map(str.strip, lines) if line]
+    rows = [hit.groups() for _, hit in hits if hit]
+    others = [line for line, hit in hits if not hit]
+    if not rows:
+        raise ValueError(f"{path} has no row such as {EXAMPLE[row]}; its first line is "
+                         f"{others[0] if others else 'missing'!r}")
+    print(f"{shown(path)}: {len(rows):,} rows")
+    report(others, f"{shown(path)}: lines that are no rows, passed over")
     return rows
 
 
@@ -424,7 +435,7 @@ def read_lists(lists_dir, attribute):
 
     rows = read_table(class_file, CLASS)
     names = {int(index): name for index, name in rows}
-    if not rows or sorted(names) != list(range(len(rows))) or len(set(names.values())) < len(rows):
+    if sorted(names) != list(range(len(rows))) or len(set(names.values())) < len(rows):
         raise ValueError(f"{class_file} must number different classes from 0, one per line")
     listed, repeated, folders = {"test": {}, "train": {}}, [], defaultdict(set)
     for part, file in (("test", test_file), ("train", train_file)):
@@ -492,7 +503,7 @@ def label_paintings(found, attribute, lists_dir, min_paintings):
     disk, with paths as the lists spell them; and the set of paths that the lists keep for the
     test, None without lists.
 
-    Raises ValueError if no painting or a single class is left, and what the readers raise.
+    Raises ValueError if none of the listed is on disk, and what the readers raise.
     """
     lists, tested = read_lists(lists_dir, attribute), None
     if lists:
@@ -508,9 +519,6 @@ def label_paintings(found, attribute, lists_dir, min_paintings):
             f"the {attribute} lists in {lists_dir} name {len(labels):,} paintings, and none of "
             f"them is on disk, where the first is {min(found)}: do they belong together?")
     labels = {path: label for path, label in labels.items() if path in places}
-    if len(set(labels.values())) < 2:
-        raise ValueError(f"a classifier needs two classes, and {attribute} has "
-                         f"{len(set(labels.values()))} with enough paintings")
     return class_names, labels, places, tested
 
 
@@ -559,28 +567,58 @@ def draw_split(labels, group_of, shares, seed):
     return {part: sorted(paths) for part, paths in split.items()}
 
 
-def split_paintings(labels, tested, group_by, seed):
+def split_paintings(labels, tested, group_by, seed, kept=None):
     """Return {part: {path: label}} for the parts train, validation and test.
 
-    The test is what ArtGAN's lists keep for it, and validation a tenth of the rest. Without lists,
+    The split of an earlier run, `kept`, stays, without the paintings that have no label now. Else
+    the test is what ArtGAN's lists keep for it, and validation a tenth of the rest. Without lists,
     or where artists are to stay together, the parts are 70, 15 and 15 %; files of one name in two
-    folders stay together. Raises ValueError if a part is empty.
+    folders stay together.
+
+    Raises ValueError if a part is empty, or the training has a single class.
     """
-    if tested is None or group_by == "artist":
-        shares, given = {"train": 0.7, "test": 0.15, "validation": 0.15}, set()
+    if kept is None and (tested is None or group_by == "artist"):
+        shares = {"train": 0.7, "test": 0.15, "validation": 0.15}
+        paths = draw_split(labels, artist if group_by == "artist" else file_name, shares, seed)
+    elif kept is None:
+        drawn = {path: label for path, label in labels.items() if path not in tested}
+        paths = {"test": sorted(tested & labels.keys())}
+        paths |= draw_split(drawn, file_name, {"train": 0.9, "validation": 0.1}, seed)
     else:
-        shares, given = {"train": 0.9, "validation": 0.1}, tested & labels.keys()
-    drawn = {path: label for path, label in labels.items() if path not in given}
-    paths = {"test": sorted(given)}
-    paths |= draw_split(drawn, artist if group_by == "artist" else file_name, shares, seed)
+        paths = {part: [path for path in kept[part] if path in labels] for part in PARTS}
     split = {part: {path: labels[path] for path in paths[part]} for part in PARTS}
-    for part in PARTS:
-        if not split[part]:
-            raise ValueError(f"{len(labels):,} paintings are too few: {part} would be empty")
+    if (classes := len(set(split["train"].values()))) < 2:
+        raise ValueError("a classifier needs two classes with enough paintings, and has "
+                         f"{classes}: is DATA_DIR right?")
+    if empty := [part for part in PARTS if not split[part]]:
+        raise ValueError(f"{len(labels):,} paintings are too few: none is left for "
+                         f"{', '.join(empty)}; is DATA_DIR right?")
+    return split
+
+
+def find_again(split, found, places):
+    """Return {path: label} and {path: path on disk} of an earlier run's paintings that are there.
+
+    places: those of all paintings that have a label now. Prints what is gone or new.
+    """
+    known = {path: label for part in PARTS for path, label in split[part].items()}
+    again = match(known, found)
+    report(sorted(known.keys() - again.keys()), "paintings of the run that are gone")
+    report(sorted(set(places.values()) - set(again.values())),
+           "paintings that are new since the run began, left out")
+    return {path: known[path] for path in again}, again
+
+
+def report_split(split, class_names):
+    """Print the sizes of a split, and what is odd about it."""
+    sizes = ", ".join(f"{len(split[part]):,} {part}" for part in PARTS)
+    print(f"split: {sizes} paintings in {len(class_names)} classes")
     learned = {file_name(path) for part in ("train", "validation") for path in split[part]}
     twins = [path for path in split["test"] if file_name(path) in learned]
     report(twins, "test paintings with the file name of one to learn from")
-    return split
+    used = {label for part in PARTS for label in split[part].values()}
+    report([name for label, name in enumerate(class_names) if label not in used],
+           "classes without a painting")
 
 
 def commonest_classes(split):
@@ -591,21 +629,6 @@ def commonest_classes(split):
             counts[artist(path)][label] += 1
             counts[""][label] += 1
     return {name: count.most_common(1)[0][0] for name, count in counts.items()}
-
-
-def still_there(split, labels):
-    """Return a split without the paintings that are gone since; print what is gone or new.
-
-    Raises ValueError if a part is empty.
-    """
-    known = {path for paintings in split.values() for path in paintings}
-    report(sorted(known - labels.keys()), "paintings of the run that are gone")
-    report(sorted(labels.keys() - known), "paintings that are new since the run began, left out")
-    left = {part: {path: label for path, label in paintings.items() if path in labels}
-            for part, paintings in split.items()}
-    if empty := [part for part in PARTS if not left[part]]:
-        raise ValueError(f"no painting is left for {', '.join(empty)}: is DATA_DIR right?")
-    return left
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -696,29 +719,38 @@ def load_tensors(path):
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is refused: it is cut off, or is no PyTorch file")
-    reason = "it is damaged, or holds more than tensors and plain values, which could run code"
+    path.open("rb").close()  # raises OSError where it cannot be read
+    reason, broken = "it is cut off, or is no PyTorch file", None
     with contextlib.suppress(Exception):  # of many kinds; torch advises an unsafe load
-        broken = zipfile.ZipFile(path).testzip()
-        if broken is None:
+        if zipfile.is_zipfile(path):  # files of before 2020 are none
+            reason = "it is damaged, or holds more than tensors and values, which could run code"
+            broken = zipfile.ZipFile(path).testzip()
+        if not broken:
             return torch.load(path, map_location="cpu", weights_only=True)
         reason = f"it is damaged (the checksum of {broken} is wrong)"
     raise ValueError(f"{path} is refused: {reason}")
 
 
 def load_state(module, tensors, path, unused=()):
-    """Load tensors into a module. Raises ValueError unless names and shapes fit, all finite."""
+    """Load tensors into a module, whose counts of batches may be missing, as in old files.
+
+    Raises ValueError unless all other names, shapes and types fit, and all numbers are finite.
+    """
     own = module.state_dict()
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError(f"{path} is refused: it holds no weights")
-    given = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    given = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    given |= {name: value for name, value in tensors.items() if name not in unused}
+
+    def form(value):
+        return value.shape, value.dtype, value.layout, value.device
+
     wrong = sorted(own.keys() ^ given.keys()) or [
         name for name in own
-        if own[name].shape != given[name].shape or not given[name].isfinite().all()]
+        if form(own[name]) != form(given[name]) or not given[name].isfinite().all()]
     if wrong:
         raise ValueError(f"{path} is refused: {len(wrong)} tensors are missing, unknown, of "
-                         f"another shape or not finite; the first is {wrong[0]}")
+                         f"another shape or type or not finite; the first is {wrong[0]}")
     module.load_state_dict(given)
 
 
@@ -729,7 +761,7 @@ def load_resnet(model, weights):
     """
     if weights == "none":
         return
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))
     if weights == "imagenet":
         url = ResNet50_Weights.IMAGENET1K_V2.url
         path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
@@ -774,14 +806,20 @@ class Paintings(Dataset):
     def __getitem__(self, key):
         index, epoch = key
         path = os.fsdecode(self.paths[index])
-        with Image.open(os.path.join(self.small_dir, path)) as image:
-            if epoch == 0:
-                image = centre(image, self.image_size)
-            else:
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(seed_of(self.seed, epoch, path))
-                    image = self.vary(image)
-            return torch.from_numpy(np.array(image)), self.labels[index]
+        file = os.path.join(self.small_dir, path)
+        try:
+            with Image.open(file) as image:
+                image.load()
+        except OSError as error:
+            raise OSError(f"cannot read the small copy {file} ({error}): delete it if it is there, "
+                          "and it is made again") from error
+        if epoch == 0:
+            image = centre(image, self.image_size)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed_of(self.seed, epoch, path))
+                image = self.vary(image)
+        return torch.from_numpy(np.array(image)), self.labels[index]
 
 
 class Batches(list):
@@ -1024,8 +1062,13 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is refused: its format is {checkpoint['format']}, and this "
                          f"version reads format {CHECKPOINT_FORMAT}")
     needed = RESUMED if path.name == "model_last.pth" else TESTED
-    if missing := [name for name in needed if name not in checkpoint]:
-        raise ValueError(f"{path} is refused: it lacks {', '.join(missing)}")
+    if wrong := [name for name, kind in needed.items()
+                 if not isinstance(checkpoint.get(name), kind)]:
+        raise ValueError(f"{path} is refused: it lacks {', '.join(wrong)}, or has another form")
+    if (set(checkpoint["test"].values()) - set(range(len(checkpoint["class_names"])))
+            or len(checkpoint["history"]) != checkpoint["epoch"]):
+        raise ValueError(f"{path} is refused: its labels and classes, or epochs and history, do "
+                         "not fit together")
     return checkpoint
 
 
@@ -1038,13 +1081,14 @@ def checkpoint_of(run, model, settings):
     """Return what testing takes, on this machine or another, as plain values and tensors."""
     return {
         "format": CHECKPOINT_FORMAT,
-        "settings": kept_settings(settings),
+        "settings": {"EPOCHS": settings.epochs} | kept_settings(settings),
         "class_names": run["class_names"],
         "epoch": len(run["history"]),
         "validation_accuracy": run["history"][-1]["validation_accuracy"],
         "history": run["history"],
         "sizes": {part: len(paintings) for part, paintings in run["split"].items()},
         "test": run["split"]["test"],
+        "split_from": run["split_from"],
         "artists": run["artists"],
         "versions": {"torch": str(torch.__version__), "torchvision": torchvision.__version__},
         "model": model.state_dict(),
@@ -1087,7 +1131,7 @@ def save_run(run, model, optimizer, scaler, settings):
 def find_earlier_run(settings, class_names):
     """Return the checkpoint to go on from, or None. Raises ValueError if it is of another run."""
     last, best = settings.output_dir / "model_last.pth", settings.output_dir / "model_best.pth"
-    if settings.fresh or not (last.exists() or best.exists()):
+    if settings.fresh or not settings.epochs or not (last.exists() or best.exists()):
         return None
     if not last.exists():
         raise ValueError(f"{best} is there without model_last.pth, which going on takes; --fresh "
@@ -1159,14 +1203,14 @@ def check_setting(name, value):
         return value
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name} must be text, not {value!r}")
-    return Path(value).expanduser() if name.endswith("_DIR") else value
+    return Path(os.path.expanduser(value)) if name.endswith("_DIR") else value
 
 
 def explain(error, options):
     """Return what a user can do about an error, in one line, or None where it is a bug."""
     message = str(error).strip()
     if isinstance(error, (ValueError, OSError)):
-        return re.sub(r"(?s)^Caught .*\n", "", message)  # without a worker's traceback
+        return re.sub(r"(?s)^Caught .*\n(\w+: )?", "", message)  # without a worker's traceback
     first_line = message.partition("\n")[0]
     if re.search("out of memory|ALLOC_FAILED|can't allocate", message):
         smaller = max(1, options.batch_size // 2)
@@ -1199,6 +1243,7 @@ def run_script(work, parser, settings, argv):
             distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would disturb the end
         if processes()[0] == 0:
             kept = options.saved or "nothing is lost; run the same command again"
             print("stopped:", kept, file=sys.stderr)
@@ -1212,11 +1257,13 @@ def run_script(work, parser, settings, argv):
 
 
 def check_folders(data_dir, small_dir, output_dir):
-    """Raise ValueError if originals and small copies overlap, OSError if nothing can be written."""
-    small, originals = small_dir.resolve(), data_dir.resolve()
+    """Raise ValueError if the folders overlap, OSError if nothing can be written into them."""
+    small, originals, output = small_dir.resolve(), data_dir.resolve(), output_dir.resolve()
     if small.is_relative_to(originals) or originals.is_relative_to(small):
         raise ValueError(f"SMALL_DIR ({small}) and DATA_DIR ({originals}) must be two folders, "
                          "neither inside the other")
+    if output.is_relative_to(originals) or output.is_relative_to(small):
+        raise ValueError(f"OUTPUT_DIR ({output}) must be outside of DATA_DIR and SMALL_DIR")
     for folder in (small_dir, output_dir):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         try:
@@ -1289,12 +1336,15 @@ def train(settings):
     check_folders(data_dir, small_dir, output_dir)
     class_names, labels, places, tested = label_paintings(
         found, settings.attribute, settings.lists_dir, settings.min_paintings)
-    run = {"class_names": class_names, "history": []}
+    run, kept = find_earlier_run(settings, class_names), None
+    if run:
+        kept = run["split"]
+        labels, places = find_again(kept, found, places)
+    split_paintings(labels, tested, settings.group_by, settings.seed, kept)  # raises, where too few
     if settings.epochs:
         torch.manual_seed(settings.seed)
         model = ArtClassifier(len(class_names), settings.dropout)
-        if earlier := find_earlier_run(settings, class_names):
-            run = earlier
+        if run:
             load_state(model, run.pop("model"), output_dir / "model_last.pth")
             note_saved(run, settings)
         else:
@@ -1305,15 +1355,13 @@ def train(settings):
     gone = list_pictures(small_dir).keys() - set(map(small_name, found))
     report(sorted(gone), "small copies whose painting is gone")
     labels = {path: label for path, label in labels.items() if places[path] not in bad}
-    if "split" not in run:
-        run["split"] = split_paintings(labels, tested, settings.group_by, settings.seed)
-        run["artists"] = commonest_classes(run["split"])
-    split = still_there(run["split"], labels)
-    sizes = ", ".join(f"{len(split[part]):,} {part}" for part in PARTS)
-    print(f"split: {sizes} paintings in {len(class_names)} classes")
-    used = set(labels.values())
-    report([name for label, name in enumerate(class_names) if label not in used],
-           "classes without a painting")
+    split = split_paintings(labels, tested, settings.group_by, settings.seed, kept)
+    report_split(split, class_names)
+    if not run:
+        drawn = tested is None or settings.group_by == "artist"
+        run = {"class_names": class_names, "history": [], "split": split,
+               "split_from": f"drawn by {settings.group_by}" if drawn else "that of the lists",
+               "artists": commonest_classes(split)}
     check_alike(split, run["history"])
     if settings.epochs:
         if settings.fresh:

@@ -73,6 +73,7 @@ def test_a_continued_run_is_the_run_never_stopped(finished, tmp_path, capsys, wo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", stop_in_the_sixth_step)
+        patch.setattr(tm.signal, "signal", lambda *_: None)  # Ctrl-C goes on to stop the tests
         assert tm.main([*flags, "--workers", "1"]) == 130
     assert "stopped: epoch 1 of 2 is saved in" in capsys.readouterr().err
     assert tm.load_checkpoint(tmp_path / "model_last.pth")["epoch"] == 1
@@ -141,18 +142,33 @@ def test_new_and_gone_paintings_are_said(copied, capsys, finished, tmp_path):
     assert "split: 29 train, 5 validation, 5 test" in printed
 
 
+def test_a_painting_spelt_otherwise_since_goes_on(copied, capsys, finished, tmp_path):
+    """As on another disk, where odd characters are written in another form of Unicode."""
+    out, flags = copied
+    shutil.copytree(finished.folder / "wikiart", tmp_path / "wikiart")
+    path = next(iter(tm.load_checkpoint(out / "model_last.pth")["split"]["train"]))
+    there = tmp_path / "wikiart" / path
+    there.rename(there.with_name(there.name.replace("_", "_\u0301")))
+    flags += ["--data-dir", str(tmp_path / "wikiart"), "--small-dir", str(tmp_path / "small")]
+    assert tm.main([*flags, "--epochs", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "paintings of the run" not in printed and "new since" not in printed
+    assert "split: 30 train, 5 validation, 5 test" in printed
+
+
 def test_the_wrong_folder_loses_nothing(copied, capsys, tmp_path):
     """The same styles, other paintings: an error; and the right folder goes on as if never left."""
     out, flags = copied
-    before = {path.name: path.read_bytes() for path in out.iterdir() if path.suffix == ".pth"}
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     paint_artgan(tmp_path / "wrong", each=3, size=(60, 50), seed=5)
     for path in list((tmp_path / "wrong").rglob("*.jpg")):
         path.rename(path.with_name(f"other-{path.name}"))
     wrong = [*flags, "--data-dir", str(tmp_path / "wrong"), "--small-dir", str(tmp_path / "small")]
     assert tm.main([*wrong, "--epochs", "3"]) == 1
-    assert "error: no painting is left for train, validation, test" in capsys.readouterr().err
-    assert before == {path.name: path.read_bytes() for path in out.iterdir()
-                      if path.suffix == ".pth"}
+    error = capsys.readouterr().err.strip()
+    assert re.fullmatch("error: .* two classes with enough paintings, and has 0.*DATA_DIR.*", error)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert not (tmp_path / "small").exists()
     assert tm.main([*flags, "--epochs", "3"]) == 0
     assert "split: 30 train, 5 validation, 5 test" in capsys.readouterr().out
 
@@ -275,7 +291,15 @@ def damage(path, kind):
         weights["linear.bias"] = torch.zeros(99)
     elif kind == "nan":
         weights["linear.bias"][0] = torch.nan
-    if kind in ("missing tensor", "extra tensor", "shape", "nan"):
+    elif kind == "whole numbers":
+        weights["linear.bias"] = weights["linear.bias"].long()
+    elif kind == "labels":
+        checkpoint["test"][next(iter(checkpoint["test"]))] = 5
+    elif kind == "history":
+        checkpoint["history"].pop()
+    elif kind == "names":
+        checkpoint["class_names"] = "abcde"
+    if path.read_bytes() == content:
         torch.save(checkpoint, path)
 
 
@@ -286,7 +310,9 @@ REASONS = {
     "list": "did not write it", "format": "format is 99",
     "no names": "lacks class_names",
     "missing tensor": "linear.bias", "extra tensor": "linear.more",
-    "shape": "linear.bias", "nan": "linear.bias",
+    "shape": "linear.bias", "nan": "linear.bias", "whole numbers": "linear.bias",
+    "labels": "do not fit together", "history": "do not fit together",
+    "names": "class_names, or has another form",
 }
 
 

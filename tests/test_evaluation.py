@@ -5,12 +5,16 @@ import os
 import re
 import shutil
 import warnings
+from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sklearn.metrics as sk
 import torch
+from bs4 import BeautifulSoup
 from PIL import Image
 
 import test_model
@@ -34,6 +38,10 @@ def cases():
     yield "all wrong", sure, (labels + 1) % 9
     yield "one class alone", logits[:40], torch.full((40,), 3)
     yield "certain", 100 * sure, labels
+    unsure = torch.cat([sure[:150] / 15, sure[150:]])  # the first half is right and doubts it,
+    yield "sure and unsure", unsure, torch.cat([labels[:150], (labels[150:] + 1) % 9])
+    never = torch.cat([sure, torch.full((300, 1), -99.0)], 1)
+    yield "a class that nothing names", never, labels
 
 
 @pytest.mark.parametrize("logits,labels", [case[1:] for case in cases()],
@@ -190,7 +198,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attributes)))
         if tag == "img":
             self.images.append(dict(attributes))
-        if tag not in ("img", "meta", "br", "path", "circle", "polyline"):
+        if tag not in ("img", "meta", "br", "wbr", "path", "circle", "polyline"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -226,7 +234,8 @@ def test_the_page_of_a_run(tested):
     assert f"{100 * right / 5:.2f}%" in text and f"{right} of 5 paintings" in text
     assert {image["alt"] for image in page.images} == {row["path"] for row in predictions}
     for words in ("always the largest class", "the artist's commonest class", "Learning curve",
-                  "Macro-F1", "Precision", "30 for train", "--image-size 64"):
+                  "Macro-F1", "Precision", "drawn by painting: 30 for train", "--image-size 64",
+                  "--epochs 2"):
         assert words in text, words
 
 
@@ -253,7 +262,8 @@ def test_a_page_of_27_classes_with_hostile_names(tmp_path):
     settings = dict.fromkeys(tm.SETTINGS, "<b>") | {"ATTRIBUTE": "<i>", "GROUP_BY": "painting"}
     row = {"training_loss": 1.0, "validation_loss": 2.0, "validation_accuracy": 0.5}
     checkpoint = {"class_names": names, "epoch": 1, "history": [row] * 3, "settings": settings,
-                  "versions": {"torch": "<u>"}, "sizes": {"train": 2, "test": 1}, "test": {}}
+                  "versions": {"torch": "<u>"}, "sizes": {"train": 2, "test": 1}, "test": {},
+                  "split_from": "<s>"}
     guesses = {"always the largest class": 0.1, "the artist's commonest class": 0.2}
     test_model.write_report(tmp_path / "report.html", checkpoint, test_model.score(logits, labels),
                             guesses, predictions, outliers, tmp_path, 3)
@@ -263,6 +273,144 @@ def test_a_page_of_27_classes_with_hostile_names(tmp_path):
     assert "<script>alert(1)</script> 0" in page.text
     assert len(page.images) == 27 * test_model.GALLERY
     assert not {"i onclick", "u"} & {tag for tag, _ in page.tags}
+
+
+COUNTED = [  # given class, predicted class, by how much
+    (0, 0, 3.0), (0, 0, 2.0), (0, 1, 1.5), (0, 1, 0.5), (0, 2, 2.5), (0, 2, 0.8), (1, 1, 1.0),
+    (1, 0, 0.7), (1, 1, 4.0), (1, 1, 1.1), (2, 2, 2.0), (2, 1, 1.2)]
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch, capsys):
+    """Write the results of twelve paintings that can be counted by hand; return all that is said.
+
+    Each picture's small copy is of a grey of its own; two of the three epochs of the run are in the
+    best checkpoint, the third in the last one.
+    """
+    names, places = ["Cubism", "Naive_Art", "Ukiyo_e"], {}
+    logits = torch.tensor([[0, -0.01, -0.02]] * 12)
+    for place, (given, predicted, strength) in enumerate(COUNTED):
+        logits[place, predicted] += strength
+        path = f"{names[given]}/{'a' if place in (0, 1, 2, 3, 7) else 'z'}_{place}.jpg"
+        places[f"listed {path}"] = path
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.new("L", (40 + place, 30), 20 * place).save(tmp_path / path)
+    history = [{"training_loss": a, "validation_loss": b, "validation_accuracy": c}
+               for a, b, c in ((3.0, 2.9, 0.2), (2.0, 2.2, 0.6), (1.0, 2.5, 0.5))]
+    checkpoint = {
+        "class_names": names, "epoch": 2, "history": history[:2], "validation_accuracy": 0.6,
+        "settings": tm.SETTINGS | {"ATTRIBUTE": "a style", "EPOCHS": 3}, "artists": {"a": 0, "": 1},
+        "sizes": {"train": 20, "validation": 4, "test": 13}, "test": dict.fromkeys(range(13)),
+        "versions": {"torch": "9.9"}, "split_from": "drawn by painting"}
+    monkeypatch.setattr(test_model, "GALLERY", 2)
+    labels = torch.tensor([given for given, _, _ in COUNTED])
+    settings = SimpleNamespace(output_dir=tmp_path, small_dir=tmp_path, outliers_per_class=3)
+
+    def write(last):
+        """Write the results where model_last.pth has this history; return the page."""
+        monkeypatch.setattr(tm, "load_checkpoint", lambda _: {"history": last})
+        test_model.write_results(dict(checkpoint), places, logits, labels, settings)
+        return BeautifulSoup((tmp_path / "report.html").read_text(encoding="utf-8"), "html.parser")
+
+    page, printed = write(history), capsys.readouterr().out.splitlines()
+    return SimpleNamespace(page=page, printed=printed, folder=tmp_path, history=history,
+                           write=write)
+
+
+def texts(tags):
+    return [" ".join(tag.get_text(" ", strip=True).split()) for tag in tags]
+
+
+def cells(table):
+    return [texts(row.find_all(["th", "td"])) for row in table.find_all("tr")]
+
+
+def test_what_is_printed_was_counted(counted):
+    assert counted.printed == [
+        "model of epoch 2, a style, 3 classes",
+        "95 % interval of the test accuracy: 25.38 to 74.62 %",
+        "validation accuracy: 60.00 %",
+        "macro-F1: 48.15 %",
+        "balanced accuracy: 52.78 %",
+        counted.printed[5],
+        "yardstick, always the largest class: 50.00 %",
+        "yardstick, the artist's commonest class: 58.33 %",
+        "1 of 13 test paintings are missing or cannot be read",
+        "Test accuracy: 50.00 % (6 of 12 paintings)"]
+    assert counted.printed[5].startswith("expected calibration error: ")
+
+
+def test_the_tables_of_the_page_were_counted(counted):
+    page = counted.page
+    assert page.find("h1").find("b").get_text() == "50.00%"
+    assert "interval, marked on the bar, is 25.4% to 74.6%" in page.find("header").get_text()
+    assert texts(page.select(".bars > div")) == [
+        "this model 50.0%", "always the largest class 50.0%", "the artist's commonest class 58.3%"]
+    assert page.select_one(".bars i")["style"] == "left:25.38%;width:49.24%"
+    assert texts(page.select("header ~ dl b"))[:2] == ["48.1%", "52.8%"]  # of three no top five
+    assert cells(page.find("table", "classes")) == [
+        ["Class", "Paintings", "Precision", "Recall", "F1"],
+        ["Naive Art", "4", "50.0%", "75.0%", "60.0%"],
+        ["Cubism", "6", "66.7%", "33.3%", "44.4%"],
+        ["Ukiyo e", "2", "33.3%", "50.0%", "40.0%"]]
+    matrix = page.find("table", "matrix")
+    assert cells(matrix) == [["", "Cubism", "Naive Art", "Ukiyo e"], ["Cubism", "2", "2", "2"],
+                             ["Naive Art", "1", "3", ""], ["Ukiyo e", "", "1", "1"]]
+    assert [cell.get("style") for cell in matrix.find_all("td")][3:5] == ["--s:0.44", "--s:0.84"]
+    assert texts(matrix.select(".right")) == ["2", "3", "1"]
+    assert texts(page.select("ol li")) == [
+        "Cubism → Naive Art : 2 , 33.3% of Cubism", "Cubism → Ukiyo e : 2 , 33.3% of Cubism",
+        "Naive Art → Cubism : 1 , 25.0% of Naive Art",
+        "Ukiyo e → Naive Art : 1 , 50.0% of Ukiyo e"]
+
+
+def test_the_drawings_of_the_page_were_counted(counted):
+    loss, accuracy = counted.page.find_all("svg")
+    assert loss["aria-label"] == "Loss, validation: 2.20 in epoch 2"
+    assert accuracy["aria-label"] == "Accuracy, validation: 60.00% in epoch 2"
+    lines = {line["class"][0]: line["points"] for line in loss.find_all("polyline")}
+    assert lines == {"training": "50.0 55.0 220.0 105.0 390.0 155.0",
+                     "validation": "50.0 60.0 220.0 95.0 390.0 80.0"}
+    assert [dot["transform"] for dot in loss.find_all("circle")] == [
+        "translate(220.0 95.0)", "translate(220.0 105.0)"]
+    assert loss.select_one(".best")["d"] == "M220.0 48V205"
+    assert {"0", "0.6", "3", "to 3"} <= set(texts(loss.find_all("text")))
+    assert accuracy.find("polyline")["points"] == "50.0 175.0 220.0 115.0 390.0 130.0"
+    _, alone = counted.write(counted.history[::-1]).find_all("svg")  # the last is of another run
+    assert alone.find("polyline")["points"] == "50.0 175.0 390.0 115.0"
+
+
+def test_the_gallery_shows_the_right_paintings(counted):
+    figures = counted.page.select(".hang figure")
+    assert texts(counted.page.find_all("h3"))[1:] == ["Cubism", "Naive Art", "Ukiyo e"]
+    expected = [  # the largest margins of each class, from COUNTED, less what logits differ by
+        (4, "Cubism", "Ukiyo e fits better", "+2.48"),
+        (2, "Cubism", "Naive Art fits better", "+1.49"),
+        (7, "Naive Art", "Cubism fits better", "+0.71"),
+        (6, "Naive Art", "Cubism is next", "−0.99"),
+        (11, "Ukiyo e", "Naive Art fits better", "+1.21"),
+        (10, "Ukiyo e", "Cubism is next", "−1.98")]
+    for figure, (place, given, words, margin) in zip(figures, expected, strict=True):
+        image = Image.open(BytesIO(b64decode(figure.img["src"].partition(",")[2])))
+        assert image.size == (40 + place, 30)
+        assert np.asarray(image).mean() == pytest.approx(20 * place, abs=3)
+        assert figure.img["alt"].endswith(f"_{place}.jpg")
+        assert texts([figure.figcaption])[0].startswith(f"given {given} {words} margin {margin} ")
+    assert "It is above 0 for 6 of 12 paintings" in " ".join(counted.page.get_text().split())
+    rows = read(counted.folder / "outliers.csv")
+    assert [row["path"].rpartition("_")[2] for row in rows] == [
+        f"{place}.jpg" for place in (4, 2, 5, 7, 6, 9, 11, 10)]
+    assert read(counted.folder / "predictions.csv")[4]["path"] == "Cubism/z_4.jpg"
+
+
+def test_the_page_says_how_it_was_made(counted):
+    words = " ".join(counted.page.get_text().split())
+    assert ("The split is drawn by painting: 20 for train, 4 for validation, 13 for test. Of the "
+            "last, 12 paintings were tested and 1 are missing") in words
+    commands = counted.page.find("code").get_text("\n").splitlines()
+    assert commands == ["python train_model.py --epochs 3 --attribute 'a style'",
+                        "python test_model.py"]
+    assert "torch 9.9" in texts([counted.page.find_all("dl")[-1]])[0]
 
 
 def test_planted_labels_are_found(tmp_path):
@@ -364,7 +512,11 @@ def test_a_bad_picture_does_not_stop_the_others(finished, tested, tmp_path, caps
 
 def test_nothing_to_classify_is_an_error(tested, tmp_path, capsys):
     assert test_model.main([*tested[1], str(tmp_path)]) == 1
-    assert "error: there is no picture in" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: cannot be read: no regular file, or a folder without pictures" in error
+    assert "error: 1 of 1 pictures could not be read" in error
+    assert test_model.main([*tested[1], ""]) == 1
+    assert "error: the command names an empty path" in capsys.readouterr().err
 
 
 def test_quick_flags_are_those_of_the_script():

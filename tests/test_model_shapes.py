@@ -35,6 +35,8 @@ def test_rows_go_from_top_to_bottom(model):
     hook = model.lstm.register_forward_hook(lambda _, inputs, __: given.append(inputs[0]))
     logits = model.read_rows(feature_map)
     hook.remove()
+    outputs, _ = model.lstm(given[0])
+    torch.testing.assert_close(logits, model.linear(outputs.sum(1) / 7))
     for row in range(7):
         torch.testing.assert_close(given[0][:, row], feature_map[:, :, row].mean(2))
     assert not torch.allclose(logits, model.read_rows(feature_map.flip(2)), atol=1e-4)

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import random
 import re
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def kinds():
         ("clear palette", palette, "PNG", {"transparency": 1}, WHITE),
         ("one bit", Image.new("1", (64, 48), 1), "PNG", {}, WHITE),
         ("16 bit", wide, "PNG", {}, (156, 156, 156)),
+        ("16 bit TIFF", wide, "TIFF", {}, (156, 156, 156)),
     ):
         file = io.BytesIO()
         image.save(file, kind, **options)
@@ -236,6 +238,8 @@ def write_repository_folders(folder):
                                    write_repository_folders])
 def test_both_forms_of_lists_are_read(tmp_path, write):
     write(tmp_path / "lists")
+    for path in (tmp_path / "lists").rglob("*_val*"):  # as some editors save it
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     class_names, listed = tm.read_lists(tmp_path / "lists", "genre")
     assert class_names == ["portrait", "still life"]
     assert listed == {"test": {NAMES[2]: 1}, "train": {NAMES[0]: 0, NAMES[1]: 1}}
@@ -398,8 +402,11 @@ def test_twins_stay_together():
 
 def test_straddling_twins_of_given_lists_are_reported(capsys):
     labels = many([30, 30]) | {"S0/twin_x.jpg": 0, "S1/twin_x.jpg": 1}
-    tm.split_paintings(labels, {"S1/twin_x.jpg", "S0/artist-0_no-0-0.jpg"}, "painting", 0)
-    assert "test paintings with the file name of one to learn from: 1 (" in capsys.readouterr().out
+    split = tm.split_paintings(labels, {"S1/twin_x.jpg", "S0/artist-0_no-0-0.jpg"}, "painting", 0)
+    tm.report_split(split, ["a", "b", "c"])
+    out = capsys.readouterr().out
+    assert "test paintings with the file name of one to learn from: 1 (" in out
+    assert "classes without a painting: 1 (c)" in out
 
 
 def test_artists_stay_together(tmp_path):
@@ -409,6 +416,19 @@ def test_artists_stay_together(tmp_path):
     assert not (artists[0] & artists[1] or artists[0] & artists[2] or artists[1] & artists[2])
     assert abs(len(split["train"]) / 900 - 0.7) < 0.08
     assert parts_of(split).keys() == labels.keys()
+
+
+def test_groups_share_out_small_classes_too():
+    """Artists paint in several classes, of which one is large: each part has its share of all."""
+    chance, labels = random.Random(1), {}
+    for number in range(120):
+        for label, most in enumerate((30, 4, 2)):
+            for painting in range(chance.randrange(most + 1)):
+                labels[f"S{label}/artist-{number}_{label}-{painting}.jpg"] = label
+    split, sizes = tm.split_paintings(labels, None, "artist", 0), Counter(labels.values())
+    for part, share in zip(tm.PARTS, (0.7, 0.15, 0.15)):
+        for label, count in Counter(split[part].values()).items():
+            assert abs(count / sizes[label] - share) < 0.03, (part, label)
 
 
 def test_the_split_is_the_same_everywhere():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,8 @@ def small_artgan(tmp_path_factory):
     write_lists(folder / "wrong_label", "style", ["a", "b"], [("X/x.jpg", 7)], [("X/y.jpg", 1)])
     write_lists(folder / "half_lists", "style", ["a", "b"], [("X/x.jpg", 0)], [("X/y.jpg", 1)])
     (folder / "half_lists" / "style_val.csv").unlink()
+    write_lists(folder / "no_rows", "style", ["a", "b"], [("X/x.jpg", 0)], [("X/y.jpg", 1)])
+    (folder / "no_rows" / "style_val.csv").write_text("1;2\n")
     (folder / "no_weights.pth").write_text("text")
     return folder
 
@@ -109,8 +112,8 @@ def small_artgan(tmp_path_factory):
 BAD_INPUT = [
     (["--data-dir", "{}/nowhere"], "no folder .*nowhere.*ArtGAN.*tests/demo.py"),
     (["--data-dir", "{}/empty"], "no picture in its folders"),
-    (["--data-dir", "{}/single"], "needs two classes, and style has 1"),
-    (["--attribute", "artist"], "needs two classes, and artist has 0"),
+    (["--data-dir", "{}/single"], "needs two classes .* has 1"),
+    (["--attribute", "artist"], "needs two classes .* has 0"),
     (["--attribute", "genre"], "genre_train.csv.*https://github.com/cs-chan/ArtGAN"),
     (["--attribute", "colour"], "'colour' needs colour_train.csv"),
     (["--lists-dir", "{}/other_lists"], "none of them is on disk"),
@@ -132,6 +135,10 @@ BAD_INPUT = [
     (["--weights", "{}/nowhere.pth"], "no file .*nowhere.pth"),
     (["--weights", "{}/no_weights.pth"], "refused"),
     (["--attribute", ""], "ATTRIBUTE must be text"),
+    (["--data-dir", "~nobody_of_this_name/x"], "no folder ~nobody_of_this_name/x"),
+    (["--output-dir", "{}/wikiart/out"], "OUTPUT_DIR .* must be outside"),
+    (["--output-dir", "{}/small"], "OUTPUT_DIR .* must be outside"),
+    (["--lists-dir", "{}/no_rows"], "style_val.csv has no row such as .*its first line is '1;2'"),
 ]
 
 
@@ -144,6 +151,15 @@ def test_bad_input_is_one_line_and_writes_nothing(small_artgan, flags, message, 
     lines = captured.err.strip().split("\n")
     assert len(lines) == 1 and re.match(f"error: .*({message})", lines[0]), captured.err
     assert sorted(small_artgan.rglob("*")) == before
+
+
+def test_a_class_of_broken_pictures_alone_is_an_error(tmp_path, capsys):
+    painted = paint_artgan(tmp_path / "wikiart", each=4, size=(60, 50))
+    for path, name in painted.items():
+        if name != "Cubism":
+            (tmp_path / "wikiart" / path).write_bytes(b"broken")
+    assert tm.main([*folders(tmp_path), *QUICK, "--epochs", "1"]) == 1
+    assert "error: a classifier needs two classes " in capsys.readouterr().err
 
 
 def test_a_failed_download_says_what_to_do(small_artgan, capsys, monkeypatch, tmp_path):
@@ -244,6 +260,12 @@ def test_crops_vary_with_the_epoch_and_not_with_the_rest(loaded):
     state = torch.get_rng_state()
     assert torch.equal(loaded[3, 1][0], loaded[3, 1][0])
     assert not torch.equal(loaded[3, 1][0], loaded[3, 2][0])
+    other_seed = tm.Paintings(loaded.small_dir, list(map(os.fsdecode, loaded.paths)), range(12), 64)
+    assert not torch.equal(loaded[3, 1][0], other_seed[3, 1][0])
+    shutil.copy(*(Path(loaded.small_dir, path) for path in (os.fsdecode(loaded.paths[3]), "x.jpg")))
+    twin = tm.Paintings(loaded.small_dir, ["x.jpg"], [0], 64, seed=4)
+    assert torch.equal(loaded[3, 0][0], twin[0, 0][0])
+    assert not torch.equal(loaded[3, 1][0], twin[0, 1][0])
     assert torch.equal(loaded[3, 0][0], loaded[3, 0][0])
     assert loaded[3, 1][0].shape == (64, 64, 3) and loaded[3, 1][0].dtype == torch.uint8
     assert torch.equal(torch.get_rng_state(), state)
@@ -252,8 +274,22 @@ def test_crops_vary_with_the_epoch_and_not_with_the_rest(loaded):
 def test_evaluation_sees_the_centre():
     image = np.zeros((320, 640, 3), np.uint8)
     image[20:300, 180:460] = 255
+    image[30:290, 190:450] = 128
     centred = np.asarray(tm.centre(tm.Image.fromarray(image), 224))
-    assert centred.shape == (224, 224, 3) and centred[1:-1, 1:-1].min() == 255
+    assert centred.shape == (224, 224, 3) and (centred[12:-12, 12:-12] == 128).all()
+    for turned in map(np.rot90, [centred] * 4, range(4)):
+        assert (turned[1:6, 1:-1] == 255).all()
+
+
+def test_crops_differ_in_size_and_side(tmp_path):
+    """A ramp from black to white: its range tells the width of a crop, its slope the flip."""
+    ramp = np.tile(np.arange(320)[None, :, None] // 2, (320, 1, 3)).astype(np.uint8)
+    tm.Image.fromarray(ramp).save(tmp_path / "x.jpg", quality=95)
+    paintings = tm.Paintings(tmp_path, ["x.jpg"], [0], 64)
+    crops = [paintings[0, epoch][0].float().mean((0, 2)) for epoch in range(1, 80)]
+    slopes = torch.stack([crop[-8:].mean() - crop[:8].mean() for crop in crops])
+    assert 20 < (slopes > 0).sum() < 59
+    assert slopes.abs().min() < 90 and slopes.abs().max() > 115
 
 
 class Reads(TorchDispatchMode):
@@ -302,8 +338,11 @@ def test_steps_do_not_wait_for_the_device(monkeypatch):
     assert reads(lambda _: evaluate(""), 9) == reads(lambda _: evaluate(""), 3) > 0
 
 
-def test_every_painting_trains_once_in_every_epoch(finished):
-    batches = tm.Batches(64)
+def test_every_painting_trains_once_in_every_epoch():
+    batches, other = tm.Batches(64), tm.Batches(64, seed=1)
+    batches.shuffle(range(64), 1)
+    other.shuffle(range(64), 1)
+    assert batches != other
     for count in (1, 63, 64, 65, 129):
         batches.shuffle(range(count), 1)
         assert sorted(index for batch in batches for index, _ in batch) == list(range(count))
@@ -317,6 +356,10 @@ def test_the_run_saves_what_it_says(finished):
     assert best["test"] == last["split"]["test"]
     assert best["class_names"] == sorted(set(finished.painted.values()))
     accuracies = [row["validation_accuracy"] for row in last["history"]]
+    peaks = {group["peak"] for group in last["optimizer"]["param_groups"]}
+    assert peaks == {1e-3}  # and no epoch is frozen: the weights are random at the start
+    assert last["model"]["features.resnet.bn1.num_batches_tracked"] == 2 * 4
+    assert best["settings"]["EPOCHS"] == 2 and best["split_from"] == "drawn by painting"
     assert best["validation_accuracy"] == max(accuracies)
     assert best["epoch"] == 1 + accuracies.index(max(accuracies))
     assert {"attribute"} <= {name.lower() for name in best["settings"]}
@@ -325,6 +368,45 @@ def test_the_run_saves_what_it_says(finished):
     names = sorted(path.name for path in finished.out.iterdir())
     assert names == ["bad_files.txt", "class_names.txt", "history.csv", "model_best.pth",
                      "model_last.pth"]
+
+
+def test_validation_sees_the_centres(finished):
+    last = tm.load_checkpoint(finished.out / "model_last.pth")
+    model = tm.ArtClassifier(5)
+    model.load_state_dict(last["model"])
+    paths, labels = zip(*last["split"]["validation"].items())
+    paintings = tm.Paintings(finished.folder / "small", paths, labels, 64)
+    pixels = torch.stack([paintings[place, 0][0] for place in range(5)])
+    with torch.no_grad():
+        logits = model.eval()(tm.to_images(pixels, torch.device("cpu")))
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
+    assert last["history"][-1]["validation_loss"] == pytest.approx(loss, abs=0.02)
+
+
+def test_settings_of_a_run_must_stay(finished):
+    """All but EPOCHS, WORKERS and the folders."""
+    names = set(tm.SETTINGS) - set(tm.CHANGEABLE)
+    assert len(names) == len(tm.SETTINGS) - 6
+    class_names = tm.load_checkpoint(finished.out / "model_last.pth")["class_names"]
+    options = tm.make_parser("", tm.SETTINGS, tm.__file__).parse_args([*finished.flags])
+    same = {name.lower(): value for name, value in tm.SETTINGS.items()} | vars(options)
+    same |= {"fresh": False, "epochs": 9, "output_dir": finished.out}
+    assert tm.find_earlier_run(SimpleNamespace(**same), class_names)
+    for name in names:
+        other = SimpleNamespace(**same | {name.lower(): "another"})
+        with pytest.raises(ValueError, match=rf"another run \({name}: then .*, now another\)"):
+            tm.find_earlier_run(other, class_names)
+
+
+def test_files_of_weights_of_old_form_are_read(tmp_path):
+    """Before 2020 they were no archives; and before batch norms counted, they had no counts."""
+    state = resnet50().state_dict()
+    old = {name: value for name, value in state.items() if not name.endswith("tracked")}
+    torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    model = tm.ArtClassifier(2)
+    tm.load_resnet(model, str(tmp_path / "old.pth"))
+    for name, value in model.features.resnet.state_dict().items():
+        assert torch.equal(value, state[name]), name
 
 
 @pytest.mark.parametrize("attribute,sizes", [("style", "1,063 train, 124 validation, 483 test"),
@@ -360,8 +442,8 @@ def test_the_real_paintings_train_and_test(shared, tmp_path):
 @pytest.mark.skipif(os.cpu_count() < 2, reason="workers need a second processor")
 def test_start_with_all_of_artgan_is_quick_in_memory(tmp_path):
     """4,000 paintings whose copies are ready: nothing is decoded, and little memory is taken."""
-    paint_artgan(tmp_path / "wikiart", each=1, size=(60, 50))
-    assert tm.main([*folders(tmp_path), "--epochs", "0"]) == 1  # too few for a split
+    paint_artgan(tmp_path / "wikiart", each=4, size=(60, 50))
+    assert tm.main([*folders(tmp_path), "--epochs", "0"]) == 0
     for folder in ("wikiart", "small"):
         for style in (tmp_path / folder).glob("[A-Z]*"):
             source = next(style.iterdir())
@@ -372,5 +454,5 @@ def test_start_with_all_of_artgan_is_quick_in_memory(tmp_path):
             f"before = rss(); tm.main({[*folders(tmp_path), '--epochs', '0']!r})\n"
             "print(rss() - before)")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "small copies: 0 written, 4,005 were there already" in run.stdout, run.stderr
+    assert "small copies: 0 written, 4,020 were there already" in run.stdout, run.stderr
     assert int(run.stdout.split()[-1]) < 40_000
