@@ -188,7 +188,7 @@ def check_alike(*parts):
 
 
 def shown(text):
-    """Return a path or a message as one printable line, the rest escaped; errors do without it."""
+    """Return a path or a message as one printable line; `run_script` does that to all errors."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
@@ -577,15 +577,15 @@ def split_paintings(labels, tested, group_by, seed, kept=None):
 
     Raises ValueError if a part is empty, or the training has a single class.
     """
-    if kept is None and (tested is None or group_by == "artist"):
+    if kept:
+        paths = {part: [path for path in kept[part] if path in labels] for part in PARTS}
+    elif tested is None or group_by == "artist":
         shares = {"train": 0.7, "test": 0.15, "validation": 0.15}
         paths = draw_split(labels, artist if group_by == "artist" else file_name, shares, seed)
-    elif kept is None:
+    else:
         drawn = {path: label for path, label in labels.items() if path not in tested}
         paths = {"test": sorted(tested & labels.keys())}
         paths |= draw_split(drawn, file_name, {"train": 0.9, "validation": 0.1}, seed)
-    else:
-        paths = {part: [path for path in kept[part] if path in labels] for part in PARTS}
     split = {part: {path: labels[path] for path in paths[part]} for part in PARTS}
     if (classes := len(set(split["train"].values()))) < 2:
         raise ValueError("a classifier needs two classes with enough paintings, and has "
@@ -1336,11 +1336,11 @@ def train(settings):
     check_folders(data_dir, small_dir, output_dir)
     class_names, labels, places, tested = label_paintings(
         found, settings.attribute, settings.lists_dir, settings.min_paintings)
-    run, kept = find_earlier_run(settings, class_names), None
+    run = find_earlier_run(settings, class_names)
+    kept = run["split"] if run else None
     if run:
-        kept = run["split"]
         labels, places = find_again(kept, found, places)
-    split_paintings(labels, tested, settings.group_by, settings.seed, kept)  # raises, where too few
+    split_paintings(labels, tested, settings.group_by, settings.seed, kept)  # are there enough?
     if settings.epochs:
         torch.manual_seed(settings.seed)
         model = ArtClassifier(len(class_names), settings.dropout)

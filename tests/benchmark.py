@@ -180,7 +180,8 @@ def this_project(options, in_memory=False):
             vars(settings).setdefault(name.lower(), value)
         split = {part: dict(zip(paths, labels)) for part in train_model.PARTS}
         run = {"class_names": [str(label) for label in range(CLASSES)], "split": split,
-               "artists": {}, "history": [{"validation_accuracy": 0.0}]}  # the best so far
+               "split_from": "", "artists": {},
+               "history": [{"validation_accuracy": 0.0}]}  # the best so far
         train_model.save_run(run, model, optimizer, scaler, settings)
 
     if in_memory:
