@@ -113,7 +113,8 @@ ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
 SMALL_SIDE = 320  # short side of a small copy in pixels
 MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
-MAX_PIXELS = 50_000_000  # largest picture; baseline JPEGs, which decode to less, may be larger
+MAX_PIXELS = 32_000_000  # of a picture, which takes up to 16 bytes a pixel to decode;
+MAX_PROGRESSIVE = 100_000_000  # of a progressive JPEG, which takes 6; baseline ones may be larger
 BIG_PIXELS = 4_000_000  # larger ones are decoded one at a time, to bound memory
 BIG_PICTURE = threading.Lock()
 CLOCK_STEP = 2 * 10**9  # ns; times of files closer than this are the same (FAT counts in 2 s)
@@ -258,21 +259,28 @@ def to_rgb(image, size):
 def decode(source, short_side):
     """Return a picture, upright, as RGB whose short side is at most `short_side` pixels.
 
-    Nothing is enlarged. Baseline JPEGs are decoded at a reduced scale where that is large enough.
-
-    Raises nearly any exception on a broken picture, as Pillow does, and ValueError if a picture
-    that cannot be decoded at a reduced scale has more than MAX_PIXELS.
+    Nothing is enlarged. Raises nearly any exception on a broken picture, as Pillow does, and
+    ValueError if it has too many pixels: baseline JPEGs, decoded at a reduced scale, never do.
     """
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not know of draft(); ours does
     with Image.open(source, formats=PICTURE_FORMATS) as image:
-        pixels = image.width * image.height
-        draftable = image.format in ("JPEG", "MPO") and "progressive" not in image.info
-        if pixels > MAX_PIXELS and not draftable:
-            raise ValueError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
-        with BIG_PICTURE if pixels > BIG_PIXELS and not draftable else contextlib.nullcontext():
-            image.draft(image.mode, shrink(image.size, short_side))
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image, shrink(image.size, short_side))
+        width, height = image.size
+        jpeg = image.format in ("JPEG", "MPO")
+        baseline = jpeg and "progressive" not in image.info
+    most = MAX_PROGRESSIVE if jpeg else MAX_PIXELS
+    if width * height > most and not baseline:
+        raise ValueError(f"{width} x {height} is more than {most:,} pixels")
+    big = width * height > BIG_PIXELS and not baseline
+    with BIG_PICTURE if big else contextlib.nullcontext():
+        return decode_now(source, short_side)  # on return, all but the result is out of memory
+
+
+def decode_now(source, short_side):
+    """Do what `decode` does, whatever memory it takes."""
+    with Image.open(source, formats=PICTURE_FORMATS) as image:
+        image.draft(image.mode, shrink(image.size, short_side))
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image, shrink(image.size, short_side))
 
 
 def encode_small(source):
