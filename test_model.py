@@ -312,11 +312,11 @@ def gallery(predictions, outliers, small_dir):
              for name, rows in outliers.items() if rows]
     return f"""<h2>Paintings that might not fit their class</h2>
 <p>The margin says how much likelier than the given class the model finds another: at 0 both are
-equally likely, at +1 the other is 2.7 times as likely, at +3 20 times. It is above 0 for {apart:,}
-of {len(predictions):,} paintings: there the model disagrees with the label, which may be right all
-the same. They are worth a second look, no more. Below 0 the model agrees, and a painting here only
-fits less well than others. Shown are at most {GALLERY} of each class, the largest margins first;
-outliers.csv lists as many as OUTLIERS_PER_CLASS says.</p>{"".join(parts)}"""
+equally likely, at +1 the other is 2.7 times, and at +3 it is 20 times as likely. It is above 0 for
+{apart:,} of {len(predictions):,} paintings: there the model disagrees with the label, which may be
+right all the same. They are worth a second look, no more. Below 0 the model agrees, and a painting
+here only fits less well than others. Shown are at most {GALLERY} of each class, the largest margins
+first; outliers.csv lists as many as OUTLIERS_PER_CLASS says.</p>{"".join(parts)}"""
 
 
 def outlier(row, small_dir):
