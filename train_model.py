@@ -113,8 +113,8 @@ ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
 SMALL_SIDE = 320  # short side of a small copy in pixels
 MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
-MAX_PIXELS = 32_000_000  # of a picture, which takes up to 16 bytes a pixel to decode;
-MAX_PROGRESSIVE = 100_000_000  # of a progressive JPEG, which takes 6; baseline ones may be larger
+MAX_PIXELS = 80_000_000  # of a picture, at up to 9 bytes a pixel; baseline JPEGs may be larger
+MAX_WEBP = 32_000_000  # of a WebP, whose decoder takes 16 bytes a pixel
 BIG_PIXELS = 4_000_000  # larger ones are decoded one at a time, to bound memory
 BIG_PICTURE = threading.Lock()
 CLOCK_STEP = 2 * 10**9  # ns; times of files closer than this are the same (FAT counts in 2 s)
@@ -265,9 +265,8 @@ def decode(source, short_side):
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not know of draft(); ours does
     with Image.open(source, formats=PICTURE_FORMATS) as image:
         width, height = image.size
-        jpeg = image.format in ("JPEG", "MPO")
-        baseline = jpeg and "progressive" not in image.info
-    most = MAX_PROGRESSIVE if jpeg else MAX_PIXELS
+        baseline = image.format in ("JPEG", "MPO") and "progressive" not in image.info
+        most = MAX_WEBP if image.format == "WEBP" else MAX_PIXELS
     if width * height > most and not baseline:
         raise ValueError(f"{width} x {height} is more than {most:,} pixels")
     big = width * height > BIG_PIXELS and not baseline

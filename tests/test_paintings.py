@@ -211,11 +211,16 @@ def test_pictures_over_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr(tm, "MAX_PIXELS", 9_999)
     with pytest.raises(ValueError, match="100 x 100 is more than 9,999 pixels"):
         tm.decode(file, 32)
-    Image.new("RGB", (100, 100)).save(file := io.BytesIO(), "JPEG", progressive=True)
+    Image.new("RGB", (100, 100)).save(file := io.BytesIO(), "WEBP")
     assert tm.decode(file, 32).size == (32, 32)
-    monkeypatch.setattr(tm, "MAX_PROGRESSIVE", 9_998)
+    monkeypatch.setattr(tm, "MAX_WEBP", 9_998)
     with pytest.raises(ValueError, match="100 x 100 is more than 9,998 pixels"):
         tm.decode(file, 32)
+    Image.new("RGB", (100, 100)).save(file := io.BytesIO(), "JPEG", progressive=True)
+    with pytest.raises(ValueError, match="100 x 100 is more than 9,999 pixels"):
+        tm.decode(file, 32)
+    Image.new("RGB", (100, 100)).save(file := io.BytesIO(), "JPEG")
+    assert tm.decode(file, 32).size == (32, 32)
 
 
 # -------------------------------------------------------------------------------------------- lists

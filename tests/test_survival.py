@@ -332,6 +332,9 @@ def odd_pictures(folder):
     save("vast.jpg", Image.new("L", (25_000, 16_000), 99), "JPEG")
     for name in ("deep1.webp", "deep2.webp"):  # two at once would take too much memory
         save(name, Image.new("RGBA", (5_600, 5_600), (9, 9, 9, 99)), "WEBP", lossless=True)
+    palette = Image.new("P", (8_900, 8_900), 1)
+    palette.putpalette([255, 255, 255, 9, 9, 9])
+    save("palette.png", palette, "PNG", transparency=0)
     save("bomb.png", Image.new("1", (30_000, 30_000)), "PNG", works=False)
     for name in ("with space.jpg", "q'uo\"te.jpg", "new\nline.jpg", "emoji 🎨.jpg", "comma,.jpg",
                  "bad\udcff\udce9.jpg", "n" * 251 + ".jpg", "-rf.jpg", "100%.jpg", "<b>.jpg"):
