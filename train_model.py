@@ -1298,7 +1298,7 @@ def fit(model, run, split, places, settings):
     loader = make_loader(pixels, batches, settings.workers, device)
     if history:
         restore(run, optimizer, scaler)
-        by_the_first(save_results, run, model, settings)  # mends a run killed between them
+        by_the_first(save_results, run, model, settings)  # mends a run killed between its files
         print(f"going on after epoch {len(history)}" if len(history) < epochs else
               f"all {len(history)} epochs are trained; a larger EPOCHS trains further")
     print(f"device {device}, {precision or torch.float32}, loader processes {loader.num_workers}")
@@ -1348,7 +1348,7 @@ def train(settings):
     kept = run["split"] if run else None
     if run:
         labels, places = find_again(kept, found, places)
-    split_paintings(labels, tested, settings.group_by, settings.seed, kept)  # are there enough?
+    split = split_paintings(labels, tested, settings.group_by, settings.seed, kept)
     if settings.epochs:
         torch.manual_seed(settings.seed)
         model = ArtClassifier(len(class_names), settings.dropout)
@@ -1362,8 +1362,9 @@ def train(settings):
     by_the_first(write_bad_files, bad, output_dir)
     gone = list_pictures(small_dir).keys() - set(map(small_name, found))
     report(sorted(gone), "small copies whose painting is gone")
-    labels = {path: label for path, label in labels.items() if places[path] not in bad}
-    split = split_paintings(labels, tested, settings.group_by, settings.seed, kept)
+    if bad:
+        labels = {path: label for path, label in labels.items() if places[path] not in bad}
+        split = split_paintings(labels, tested, settings.group_by, settings.seed, kept)
     report_split(split, class_names)
     if not run:
         drawn = tested is None or settings.group_by == "artist"
