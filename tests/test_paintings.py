@@ -454,10 +454,9 @@ def test_the_split_is_the_same_everywhere():
             "split = tm.split_paintings(labels, None, 'painting', 5)\n"
             "print(hashlib.sha256(repr(split).encode()).hexdigest())")
     here = repr(tm.split_paintings(labels, None, "painting", 5))
-    for seed in ("1", "2"):
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                             env=os.environ | {"PYTHONHASHSEED": seed})
-        assert run.stdout.strip() == hashlib.sha256(here.encode()).hexdigest(), run.stderr
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONHASHSEED": "1"})
+    assert run.stdout.strip() == hashlib.sha256(here.encode()).hexdigest(), run.stderr
     assert repr(tm.split_paintings(labels, None, "painting", 6)) != here
 
 
