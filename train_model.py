@@ -579,15 +579,15 @@ def split_paintings(labels, tested, group_by, seed, kept=None):
     """Return {part: {path: label}} for the parts train, validation and test.
 
     The split of an earlier run, `kept`, stays, without the paintings that have no label now. Else
-    the test is what ArtGAN's lists keep for it, and validation a tenth of the rest. Without lists,
-    or where artists are to stay together, the parts are 70, 15 and 15 %; files of one name in two
-    folders stay together.
+    the test is `tested`, what ArtGAN's lists keep for it, and validation a tenth of the rest; or,
+    where that is None, the parts are 70, 15 and 15 %, and `group_by` "artist" keeps all of an
+    artist in one of them. Files of one name in two folders stay together in what is drawn.
 
     Raises ValueError if a part is empty, or the training has a single class.
     """
     if kept:
         paths = {part: [path for path in kept[part] if path in labels] for part in PARTS}
-    elif tested is None or group_by == "artist":
+    elif tested is None:
         shares = {"train": 0.7, "test": 0.15, "validation": 0.15}
         paths = draw_split(labels, artist if group_by == "artist" else file_name, shares, seed)
     else:
@@ -1344,6 +1344,8 @@ def train(settings):
     check_folders(data_dir, small_dir, output_dir)
     class_names, labels, places, tested = label_paintings(
         found, settings.attribute, settings.lists_dir, settings.min_paintings)
+    if settings.group_by == "artist":
+        tested = None  # in ArtGAN's lists, most artists are in both parts
     run = find_earlier_run(settings, class_names)
     kept = run["split"] if run else None
     if run:
@@ -1367,9 +1369,8 @@ def train(settings):
         split = split_paintings(labels, tested, settings.group_by, settings.seed, kept)
     report_split(split, class_names)
     if not run:
-        drawn = tested is None or settings.group_by == "artist"
-        run = {"class_names": class_names, "history": [], "split": split,
-               "split_from": f"drawn by {settings.group_by}" if drawn else "that of the lists",
+        source = f"drawn by {settings.group_by}" if tested is None else "that of the lists"
+        run = {"class_names": class_names, "history": [], "split": split, "split_from": source,
                "artists": commonest_classes(split)}
     check_alike(split, run["history"])
     if settings.epochs:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import train_model as tm
-from tests.conftest import folders
+from tests.conftest import QUICK, folders
 from tests.paintings import paint, paint_artgan, write_lists
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -425,11 +425,27 @@ def test_straddling_twins_of_given_lists_are_reported(capsys):
 
 def test_artists_stay_together(tmp_path):
     labels = {f"S{n % 3}/artist-{n % 41}_{n}.jpg": n % 3 for n in range(900)}
-    split = tm.split_paintings(labels, set(list(labels)[:50]), "artist", 0)
+    split = tm.split_paintings(labels, None, "artist", 0)
     artists = [set(map(tm.artist, split[part])) for part in tm.PARTS]
     assert not (artists[0] & artists[1] or artists[0] & artists[2] or artists[1] & artists[2])
     assert abs(len(split["train"]) / 900 - 0.7) < 0.08
     assert parts_of(split).keys() == labels.keys()
+
+
+@pytest.mark.parametrize("group_by, source", [
+    ("painting", "that of the lists"), ("artist", "drawn by artist")])
+def test_lists_split_unless_artists_stay_together(tmp_path, monkeypatch, group_by, source):
+    rows = [(path, int(path[-5]) % 2) for path in paint_artgan(tmp_path / "wikiart", each=8)]
+    write_lists(tmp_path / "lists", "style", ["even", "odd"], rows[:30], rows[30:])
+    runs = []
+    monkeypatch.setattr(tm, "fit", lambda model, run, *_: runs.append(run))
+    assert tm.main([*folders(tmp_path), *QUICK, "--group-by", group_by]) == 0
+    split = runs[0]["split"]
+    tested, others = split["test"], split["train"] | split["validation"]
+    assert runs[0]["split_from"] == source and tested | others == dict(rows)
+    assert (tested == dict(rows[30:])) == (group_by == "painting")
+    shared = set(map(tm.artist, tested)) & set(map(tm.artist, others))
+    assert bool(shared) == (group_by == "painting")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -469,7 +485,7 @@ def test_the_split_of_artgans_styles(shared):
     sizes, validation = Counter(listed["train"].values()), Counter(split["validation"].values())
     for label, size in sizes.items():
         assert abs(validation[label] - size / 10) <= 1.5
-    artists = tm.split_paintings(labels, set(), "artist", 0)
+    artists = tm.split_paintings(labels, None, "artist", 0)
     counts = [Counter(artists[part].values()) for part in tm.PARTS]
     assert all(count[label] for count in counts for label in range(27))
 
