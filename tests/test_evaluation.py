@@ -90,7 +90,8 @@ def test_the_interval_is_wilsons():
 
 def test_the_yardsticks():
     split = {"train": {"A/x_1.jpg": 0, "A/x_2.jpg": 0, "B/x_3.jpg": 1, "B/y_1.jpg": 1},
-             "validation": {"B/y_2.jpg": 1}, "test": {}}
+             "validation": {"B/y_2.jpg": 1},
+             "test": {"A/y_8.jpg": 0, "A/y_9.jpg": 0, "A/y_4.jpg": 0, "A/q_9.jpg": 0}}
     artists = tm.commonest_classes(split)
     assert artists == {"x": 0, "y": 1, "": 1}
     paths = ["A/x_9.jpg", "B/x_8.jpg", "B/y_7.jpg", "A/unknown_6.jpg", "B/other_5.jpg"]

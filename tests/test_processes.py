@@ -38,11 +38,21 @@ def accuracies(text):
 
 @pytest.fixture(scope="module")
 def pair(finished, tmp_path_factory):
-    """Return a folder in which two processes have trained one epoch, their output, and flags."""
+    """Return a folder in which two processes have trained one epoch, their output, and flags.
+
+    Each time before they evaluate, both must have the same weights.
+    """
     folder = tmp_path_factory.mktemp("pair")
     shutil.copytree(finished.folder / "wikiart", folder / "wikiart")
     flags = [*folders(folder), *QUICK]
-    run = torchrun(ROOT / "train_model.py", *flags, "--epochs", "1")
+    code = ("import train_model as tm\n"
+            "evaluate = tm.evaluate\n"
+            "def evaluate_alike(model, *given):\n"
+            "    tm.check_alike(*(value.double().sum().item() for value in model.parameters()))\n"
+            "    return evaluate(model, *given)\n"
+            "tm.evaluate = evaluate_alike\n"
+            "sys.exit(tm.main(sys.argv[1:]))")
+    run = torchrun(folder / "run.py", *flags, "--epochs", "1", code=code)
     assert run.returncode == 0, run.stderr
     return folder, flags, run.stdout
 

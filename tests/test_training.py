@@ -1,5 +1,6 @@
 """Training, as a user runs it: constants edited in a copy of the file, flags, bad input."""
 
+import copy
 import csv
 import functools
 import os
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision.models import resnet50
@@ -191,6 +193,16 @@ def test_testing_before_training(tmp_path, capsys):
     assert re.match(message, capsys.readouterr().err)
 
 
+def test_testing_on_other_paintings(finished, small_artgan, tmp_path, capsys):
+    shutil.copytree(finished.out, tmp_path / "out")
+    flags = ["--data-dir", f"{small_artgan}/wikiart", "--small-dir", f"{tmp_path}/small"]
+    before = sorted(tmp_path.rglob("*"))
+    assert test_model.main([*flags, "--output-dir", f"{tmp_path}/out"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert re.fullmatch("error: none of the 5 test paintings is in .*", error)
+    assert before == sorted(tmp_path.rglob("*"))
+
+
 # ----------------------------------------------------------------------------------------- training
 
 
@@ -339,6 +351,36 @@ def test_steps_do_not_wait_for_the_device(monkeypatch):
     assert reads(lambda _: evaluate(""), 9) == reads(lambda _: evaluate(""), 3) > 0
 
 
+def test_a_pass_trains_as_a_plain_loop_does():
+    """Rates, clipping, steps and the mean loss, over batches of 3, 3 and 4 pictures."""
+    torch.manual_seed(3)
+    model, batches, shares = tm.ArtClassifier(3), tm.Batches(4), [0.5, 1.0, 0.3]
+    plain = copy.deepcopy(model)
+    pixels = torch.randint(0, 256, (10, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+    batches.keep_order(range(10))
+    loader = DataLoader({(place, 0): (pixels[place], labels[place]) for place in range(10)},
+                        batch_sampler=batches)
+    optimizer = tm.make_optimizer(model, 1e-3, 0.1, 0.05)
+    loss = tm.train_epoch(model, loader, optimizer, torch.amp.GradScaler(enabled=False), shares, "")
+
+    optimizer, total, norms = tm.make_optimizer(plain, 1e-3, 0.1, 0.05), 0, []
+    for part, share in zip(([0, 1, 2], [3, 4, 5], [6, 7, 8, 9]), shares):
+        value = nn.functional.cross_entropy(plain(pixels[part].permute(0, 3, 1, 2)), labels[part])
+        total += value.item() * len(part)
+        optimizer.zero_grad()
+        value.backward()
+        norms.append(nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item())
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        optimizer.step()
+    assert max(norms) > 1.5  # so that clipping matters
+    assert loss == pytest.approx(total / 10, rel=1e-5)
+    trained = model.state_dict()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(trained[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
 def test_every_painting_trains_once_in_every_epoch():
     batches, other = tm.Batches(64), tm.Batches(64, seed=1)
     batches.shuffle(range(64), 1)
@@ -357,6 +399,8 @@ def test_the_run_saves_what_it_says(finished):
     assert best["test"] == last["split"]["test"]
     assert best["class_names"] == sorted(set(finished.painted.values()))
     accuracies = [row["validation_accuracy"] for row in last["history"]]
+    rates = [1e-3 * tm.rate_at(epoch + 3.5 / 4, 2, 0, 0.5) for epoch in range(2)]  # 4th step of 4
+    assert [row["learning_rate"] for row in last["history"]] == pytest.approx(rates)
     peaks = {group["peak"] for group in last["optimizer"]["param_groups"]}
     assert peaks == {1e-3}  # and no epoch is frozen: the weights are random at the start
     assert last["model"]["features.resnet.bn1.num_batches_tracked"] == 2 * 4
