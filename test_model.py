@@ -423,14 +423,16 @@ def find_test_list(listed, settings):
     """
     found = train_model.find_paintings(settings.data_dir)
     places = train_model.match(listed, found)
-    tested = {place: found[place] for place in places.values()}
-    bad = train_model.by_the_first(
-        train_model.prepare, tested, settings.data_dir, settings.small_dir)
-    there = {path: places[path] for path in listed if path in places and places[path] not in bad}
-    if not there:
+    if places:  # else nothing is written
+        tested = {place: found[place] for place in places.values()}
+        bad = train_model.by_the_first(
+            train_model.prepare, tested, settings.data_dir, settings.small_dir)
+        places = {path: places[path] for path in listed
+                  if path in places and places[path] not in bad}
+    if not places:
         raise ValueError(f"none of the {len(listed):,} test paintings is in {settings.data_dir}, "
                          f"which begins with {min(found)}")
-    return there
+    return places
 
 
 def write_results(checkpoint, places, logits, labels, settings):
