@@ -10,9 +10,9 @@ Writes  small copies into SMALL_DIR; into OUTPUT_DIR bad_files.txt (pictures tha
 
 The file follows the data: paintings, labels, split, model, training.
 
-Measured: 18.9 paintings/s in training at 224 pixels, 3.7 times a plain script, on two cores of a
-Xeon with bf16 (torch 2.13, 2026-11-23, tests/benchmark.py --batch-size 32 --pictures 320 --rounds 2
---skip-start). No figure on ArtGAN is measured yet.
+Measured: 18.9 paintings/s in training at 224 pixels, and whole epochs 3.5 times as fast as a plain
+script's, on two cores of a Xeon with bf16 (torch 2.13, 2026-11-23, tests/benchmark.py --batch-size
+32 --pictures 320 --rounds 2 --skip-start). No figure on ArtGAN is measured yet.
 """
 
 import argparse
@@ -597,7 +597,7 @@ def split_paintings(labels, tested, group_by, seed, kept=None):
     split = {part: {path: labels[path] for path in paths[part]} for part in PARTS}
     if (classes := len(set(split["train"].values()))) < 2:
         raise ValueError("a classifier needs two classes with enough paintings, and has "
-                         f"{classes}: is DATA_DIR right?")
+                         f"{classes}: are DATA_DIR and MIN_PAINTINGS right?")
     if empty := [part for part in PARTS if not split[part]]:
         raise ValueError(f"{len(labels):,} paintings are too few: none is left for "
                          f"{', '.join(empty)}; is DATA_DIR right?")
@@ -1085,11 +1085,11 @@ def kept_settings(settings):
     return {name: getattr(settings, name.lower()) for name in SETTINGS if name not in CHANGEABLE}
 
 
-def checkpoint_of(run, model, settings):
+def checkpoint_of(run, model):
     """Return what testing takes, on this machine or another, as plain values and tensors."""
     return {
         "format": CHECKPOINT_FORMAT,
-        "settings": {"EPOCHS": settings.epochs} | kept_settings(settings),
+        "settings": run["settings"],
         "class_names": run["class_names"],
         "epoch": len(run["history"]),
         "validation_accuracy": run["history"][-1]["validation_accuracy"],
@@ -1098,7 +1098,7 @@ def checkpoint_of(run, model, settings):
         "test": run["split"]["test"],
         "split_from": run["split_from"],
         "artists": run["artists"],
-        "versions": {"torch": str(torch.__version__), "torchvision": torchvision.__version__},
+        "versions": run["versions"],
         "model": model.state_dict(),
     }
 
@@ -1121,7 +1121,7 @@ def save_results(run, model, settings):
     note_saved(run, settings)
     folder, accuracies = settings.output_dir, [row["validation_accuracy"] for row in run["history"]]
     if accuracies[-1] > max(accuracies[:-1], default=-1):
-        state = checkpoint_of(run, model, settings)
+        state = checkpoint_of(run, model)
         write_whole(folder / "model_best.pth", lambda file: torch.save(state, file))
     write_table(folder / "history.csv", run["history"][0], run["history"])
     names = "".join(f"{shown(name)}\n" for name in run["class_names"])
@@ -1130,7 +1130,7 @@ def save_results(run, model, settings):
 
 def save_run(run, model, optimizer, scaler, settings):
     """Write model_last.pth, which holds all that going on takes, then the other files of a run."""
-    state = checkpoint_of(run, model, settings) | {
+    state = checkpoint_of(run, model) | {
         "split": run["split"], "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     write_whole(settings.output_dir / "model_last.pth", lambda file: torch.save(state, file))
     save_results(run, model, settings)
@@ -1145,13 +1145,18 @@ def find_earlier_run(settings, class_names):
         raise ValueError(f"{best} is there without model_last.pth, which going on takes; --fresh "
                          "moves it aside and starts a new run")
     run = load_checkpoint(last)
-    now = kept_settings(settings) | {"the class names": class_names}
-    then = run["settings"] | {"the class names": run["class_names"]}
-    wrong = [f"{name}: then {then.get(name)}, now {now[name]}"
-             for name in now if now[name] != then.get(name)]
+
+    def facts(kept, names):
+        return kept | {f"class {number}": name for number, name in enumerate(names)}
+
+    then = facts(run["settings"], run["class_names"])
+    now = facts(kept_settings(settings), class_names)
+    wrong = [f"{name}: then {then.get(name)}, now {now.get(name)}" for name in then | now
+             if name not in CHANGEABLE and then.get(name) != now.get(name)]
     if wrong:
-        raise ValueError(f"{last} is of another run ({'; '.join(wrong)}): undo that, or start a "
-                         "new run by --fresh, which moves the earlier one aside")
+        wrong[3:] = ["..."] * (len(wrong) > 3)
+        raise ValueError(f"{last} is of another run ({'; '.join(wrong)}): undo that, give the new "
+                         "run an OUTPUT_DIR of its own, or move the earlier one aside by --fresh")
     return run
 
 
@@ -1301,6 +1306,8 @@ def fit(model, run, split, places, settings):
         by_the_first(save_results, run, model, settings)  # mends a run killed between its files
         print(f"going on after epoch {len(history)}" if len(history) < epochs else
               f"all {len(history)} epochs are trained; a larger EPOCHS trains further")
+    run["settings"] = {"EPOCHS": epochs} | kept_settings(settings)
+    run["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     print(f"device {device}, {precision or torch.float32}, loader processes {loader.num_workers}")
     for epoch in range(len(history) + 1, epochs + 1):
         note_saved(run, settings)

@@ -175,12 +175,10 @@ def this_project(options, in_memory=False):
         train_model.evaluate(fold(model), loader, "")
 
     def save(_):
-        settings = argparse.Namespace(output_dir=options.originals.parent, fresh=False)
-        for name, value in train_model.SETTINGS.items():
-            vars(settings).setdefault(name.lower(), value)
+        settings = argparse.Namespace(output_dir=options.originals.parent, epochs=1, fresh=False)
         split = {part: dict(zip(paths, labels)) for part in train_model.PARTS}
         run = {"class_names": [str(label) for label in range(CLASSES)], "split": split,
-               "split_from": "", "artists": {},
+               "split_from": "", "artists": {}, "settings": {}, "versions": {},
                "history": [{"validation_accuracy": 0.0}]}  # the best so far
         train_model.save_run(run, model, optimizer, scaler, settings)
 

@@ -132,7 +132,7 @@ def test_other_classes_are_refused(copied, capsys, finished, tmp_path):
     shutil.copytree(tmp_path / "wikiart/Cubism", tmp_path / "wikiart/Realism")
     flags += ["--data-dir", str(tmp_path / "wikiart"), "--small-dir", str(tmp_path / "small")]
     assert tm.main([*flags, "--epochs", "3"]) == 1
-    assert "the class names: then" in capsys.readouterr().err
+    assert "another run (class 4: then Ukiyo_e, now Realism; " in capsys.readouterr().err
 
 
 def test_new_and_gone_paintings_are_said(copied, capsys, finished, tmp_path):
@@ -142,8 +142,11 @@ def test_new_and_gone_paintings_are_said(copied, capsys, finished, tmp_path):
     gone = next(iter(split["train"]))
     (tmp_path / "wikiart" / gone).rename(tmp_path / "wikiart/Cubism/new_one.jpg")
     flags += ["--data-dir", str(tmp_path / "wikiart"), "--small-dir", str(tmp_path / "small")]
+    (tmp_path / "small/Cubism").mkdir(parents=True)
+    (tmp_path / "small/Cubism/left.jpg").touch()
     assert tm.main([*flags, "--epochs", "3"]) == 0
     printed = capsys.readouterr().out
+    assert "small copies whose painting is gone: 1 (Cubism/left.jpg)" in printed
     assert f"paintings of the run that are gone: 1 ({gone})" in printed
     assert "new since the run began, left out: 1 (Cubism/new_one.jpg)" in printed
     assert "split: 29 train, 5 validation, 5 test" in printed
@@ -181,11 +184,26 @@ def test_the_wrong_folder_loses_nothing(copied, capsys, tmp_path):
 
 
 def test_a_finished_run_says_so_and_stays(copied, capsys):
+    """Also with a smaller EPOCHS, and where its last epoch, whose files are mended, is the best."""
     out, flags = copied
-    before = (out / "model_last.pth").read_bytes()
-    assert tm.main([*flags, "--epochs", "2"]) == 0
-    assert "all 2 epochs are trained; a larger EPOCHS trains further" in capsys.readouterr().out
-    assert (out / "model_last.pth").read_bytes() == before
+    last = tm.load_checkpoint(out / "model_last.pth")
+    last["history"][0]["validation_accuracy"] = -1.0
+    torch.save(last, out / "model_last.pth")
+    for epochs in ("2", "1"):
+        (out / "model_best.pth").unlink()
+        assert tm.main([*flags, "--epochs", epochs]) == 0
+        assert "all 2 epochs are trained; a larger EPOCHS trains further" in capsys.readouterr().out
+        same(tm.load_checkpoint(out / "model_last.pth"), last)
+        best = tm.load_checkpoint(out / "model_best.pth")
+        same(best, {name: last[name] for name in best})
+
+
+def test_of_equally_good_epochs_the_first_is_the_best(copied, monkeypatch):
+    out, flags = copied
+    monkeypatch.setattr(tm, "evaluate", lambda *_: (torch.eye(5), torch.arange(5)))  # all right
+    assert tm.main([*flags, "--epochs", "2", "--fresh"]) == 0
+    best = tm.load_checkpoint(out / "model_best.pth")
+    assert best["validation_accuracy"] == 1 and best["epoch"] == 1
 
 
 def test_a_run_begun_without_a_scaler_goes_on_with_one(copied, monkeypatch):

@@ -423,7 +423,7 @@ def test_straddling_twins_of_given_lists_are_reported(capsys):
     assert "classes without a painting: 1 (c)" in out
 
 
-def test_artists_stay_together(tmp_path):
+def test_artists_stay_together():
     labels = {f"S{n % 3}/artist-{n % 41}_{n}.jpg": n % 3 for n in range(900)}
     split = tm.split_paintings(labels, None, "artist", 0)
     artists = [set(map(tm.artist, split[part])) for part in tm.PARTS]
