@@ -10,7 +10,7 @@ Writes  small copies into SMALL_DIR; into OUTPUT_DIR bad_files.txt (pictures tha
 
 The file follows the data: paintings, labels, split, model, training.
 
-Measured: 18.9 paintings/s in training at 224 pixels, and whole epochs 3.5 times as fast as a plain
+Measured: 18.4 paintings/s in training at 224 pixels, and whole epochs 3.3 times as fast as a plain
 script's, on two cores of a Xeon with bf16 (torch 2.13, 2026-11-23, tests/benchmark.py --batch-size
 32 --pictures 320 --rounds 2 --skip-start). No figure on ArtGAN is measured yet.
 """
