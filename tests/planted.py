@@ -76,7 +76,10 @@ def main():
     parser.add_argument("lists_dir", type=Path)
     options, flags = parser.parse_known_args()
     data_dir = options.data_dir
-    class_names, listed = train_model.read_lists(options.lists_dir, "style")
+    lists = train_model.read_lists(options.lists_dir, "style")
+    if lists is None:
+        sys.exit(f"error: planting takes the style lists, and {options.lists_dir} has none")
+    class_names, listed = lists
     used = sorted(set(listed["train"].values()) | set(listed["test"].values()))
     with tempfile.TemporaryDirectory() as name:
         rows = train_and_test(data_dir, class_names, listed, Path(name, "plain"), flags)
