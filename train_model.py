@@ -1306,6 +1306,7 @@ def fit(model, run, split, places, settings):
         by_the_first(save_results, run, model, settings)  # mends a run killed between its files
         print(f"going on after epoch {len(history)}" if len(history) < epochs else
               f"all {len(history)} epochs are trained; a larger EPOCHS trains further")
+    # of the epochs from here on: what was mended above keeps those that it was trained with
     run["settings"] = {"EPOCHS": epochs} | kept_settings(settings)
     run["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     print(f"device {device}, {precision or torch.float32}, loader processes {loader.num_workers}")

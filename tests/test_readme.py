@@ -114,7 +114,7 @@ def test_the_demo_ends_well_above_chance(tmp_path):
 def test_the_benchmark_in_small_prints_its_table(tmp_path):
     """Three rows with rates above 0, their ratios, and nothing left behind."""
     flags = ["--pictures", "4", "--batch-size", "4", "--image-size", "32", "--rounds", "1",
-             "--workers", "0", "--device", "cpu", "--skip-start"]
+             "--workers", "1", "--device", "cpu", "--skip-start"]
     run = subprocess.run([sys.executable, ROOT / "tests/benchmark.py", *flags], text=True,
                          capture_output=True, timeout=120, env=os.environ | {"TMPDIR": tmp_path})
     assert run.returncode == 0, run.stderr
