@@ -20,7 +20,7 @@ import shlex
 import sys
 import time
 from base64 import b64encode
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 import train_model
-from train_model import shown
+from train_model import printable
 
 # ---------------------------------------------------------------------------------------- settings
 # DATA_DIR, SMALL_DIR, OUTPUT_DIR, BATCH_SIZE and WORKERS are those of train_model.py.
@@ -38,7 +38,6 @@ OUTLIERS_PER_CLASS = 20  # rows a class in outliers.csv, the most doubtful first
 SHARED = ("DATA_DIR", "SMALL_DIR", "OUTPUT_DIR", "BATCH_SIZE", "WORKERS")
 SETTINGS = {name: train_model.SETTINGS[name] for name in SHARED}
 SETTINGS["OUTLIERS_PER_CLASS"] = OUTLIERS_PER_CLASS
-train_model.NUMBERS["OUTLIERS_PER_CLASS"] = (int, 1, 10**6)
 
 # ------------------------------------------------------------------------------------------ scores
 
@@ -87,16 +86,23 @@ def wilson(right, count):
     return max(0.0, (middle - half) / shrink), min(1.0, (middle + half) / shrink)
 
 
-def yardsticks(paths, labels, artists):
-    """Return the accuracy of two guesses that look at no picture, as {name: share}.
+def yardsticks(labels, split):
+    """Return the accuracy of two guesses on {path: label} that look at no picture, {name: share}.
 
     One always names the largest class of the test list; the other goes by the artist in the file
-    name: that artist's commonest class outside the test, {artist: label} with "" for all others.
+    name, to his commonest class outside the test, or to the commonest of all.
     """
-    guesses = [artists.get(train_model.artist(path), artists[""]) for path in paths]
+    counts = defaultdict(Counter)
+    for part in ("train", "validation"):
+        for path, label in split[part].items():
+            counts[train_model.artist(path)][label] += 1
+            counts[""][label] += 1
+    commonest = {artist: min(count, key=lambda label: (-count[label], label))
+                 for artist, count in counts.items()}
+    guesses = [commonest.get(train_model.artist(path), commonest[""]) for path in labels]
     return {
-        "always the largest class": Counter(labels).most_common(1)[0][1] / len(labels),
-        "the artist's commonest class": np.mean(np.equal(guesses, labels)).item(),
+        "always the largest class": max(Counter(labels.values()).values()) / len(labels),
+        "the artist's commonest class": np.mean(np.equal(guesses, list(labels.values()))).item(),
     }
 
 
@@ -183,17 +189,17 @@ img { display: block; width: 100%; height: 10rem; object-fit: contain; object-po
   .hang { gap: 1rem; grid-template-columns: repeat(6, 1fr) } img { height: 6rem } }"""
 
 
-def write_report(path, checkpoint, scores, guesses, predictions, outliers, small_dir, missing):
+def write_report(path, run, scores, guesses, predictions, outliers, small_dir):
     """Write all of it as one page of HTML, which needs no other file, no script, no network."""
-    names = [escaped(name) for name in checkpoint["class_names"]]
+    names = [escaped(name) for name in run["class_names"]]
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Test of a classifier of paintings</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{CSS}</style></head><body><main>
-{headline(checkpoint["settings"]["ATTRIBUTE"], names, scores, guesses)}
-{learning_curve(checkpoint["history"], checkpoint["epoch"])}
+{headline(run["settings"]["ATTRIBUTE"], names, scores, guesses)}
+{learning_curve(run["history"])}
 {class_table(names, scores)}{confusion_matrix(names, scores["confusion"])}
-{gallery(predictions, outliers, small_dir)}{how_made(checkpoint, len(predictions), missing)}
+{gallery(predictions, outliers, small_dir)}{how_made(run, len(predictions))}
 </main></body></html>
 """
     train_model.write_whole(path, page.encode("utf-8"))
@@ -201,7 +207,7 @@ def write_report(path, checkpoint, scores, guesses, predictions, outliers, small
 
 def escaped(name):
     """Return a name as HTML that shows it, whatever it holds, with spaces for _."""
-    return f"<bdi>{html.escape(shown(name).replace('_', ' '))}</bdi>"
+    return f"<bdi>{html.escape(printable(name).replace('_', ' '))}</bdi>"
 
 
 def facts(pairs):
@@ -240,8 +246,14 @@ gives the same answer to all, the other goes by the artist in the file name{own}
 {facts(pairs)}"""
 
 
-def learning_curve(history, best):
+def best_epoch(history):
+    """Return the epoch, from 1, of the highest validation accuracy, the first of equals."""
+    return max(history, key=lambda row: row["validation_accuracy"])["epoch"]
+
+
+def learning_curve(history):
     """Return the losses and the validation accuracy of the epochs, as two drawings."""
+    best = best_epoch(history)
     losses = {name: [row[f"{name}_loss"] for row in history] for name in ("validation", "training")}
     accuracy = {"validation": [100 * row["validation_accuracy"] for row in history]}
     return f"""<h2>Learning curve</h2><figure><div class="wide">{draw("Loss", "", losses, best)}
@@ -323,45 +335,49 @@ def outlier(row, small_dir):
     """Return a painting as an inlined JPEG of at most 200 x 200 pixels, and what is said of it."""
     with Image.open(small_dir / train_model.small_name(row["path"])) as image:
         image.thumbnail((200, 200))
-        image.save(jpeg := io.BytesIO(), "JPEG", quality=70)
-    path, words = html.escape(shown(row["path"])), "fits better" if row["margin"] > 0 else "is next"
+        image.save(jpeg := io.BytesIO(), "JPEG", quality=70, comment=b"")
+    path = html.escape(printable(row["path"]))
+    words = "fits better" if row["margin"] > 0 else "is next"
     margin, name = f"{row['margin']:+.2f}".replace("-", "−"), re.sub("([/_-])", r"\1<wbr>", path)
     return f"""<figure><img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}"
 alt="{path}"><figcaption>given {escaped(row["class"])}<br><b>{escaped(row["fits_better"])}</b>
 {words}<br>margin {margin}<br><small>{name}</small></figcaption></figure>"""
 
 
-def how_made(checkpoint, tested, missing):
+def how_made(run, tested):
     """Return what the model and this page were made with, and how to make them again."""
-    settings = checkpoint["settings"]
+    settings, split = run["settings"], run["split"]
     flags = "".join(f" --{name.lower().replace('_', '-')} {shlex.quote(str(value))}"
                     for name, value in settings.items() if value != train_model.SETTINGS.get(name))
-    made = settings | checkpoint["versions"] | {"Python": platform.python_version()}
-    sizes = ", ".join(f"{size:,} for {part}" for part, size in checkpoint["sizes"].items())
+    made = settings | run["versions"] | {"Python": platform.python_version()}
+    sizes = ", ".join(f"{len(paintings):,} for {part}" for part, paintings in split.items())
     return f"""<h2>How it was made</h2>
 <p>A ResNet-50, read row by row by an LSTM, learned to tell {escaped(settings["ATTRIBUTE"])}.
-The split is {html.escape(shown(checkpoint["split_from"]))}: {sizes}. Of the last, {tested:,}
-paintings were tested and {missing:,} are missing or cannot be read. This page was made on
+The split is {html.escape(run["split_source"])}: {sizes}. Of the last, {tested:,} paintings were
+tested and {len(split["test"]) - tested:,} are missing or cannot be read. This page was made on
 {time.strftime("%Y-%m-%d")}. To do it all again, with the folders of that run:</p>
-<p><code>python train_model.py{html.escape(shown(flags))}<br>python test_model.py</code>
-</p>{facts((name, html.escape(shown(value))) for name, value in made.items())}"""
+<p><code>python train_model.py{html.escape(printable(flags))}<br>python test_model.py</code>
+</p>{facts((name, html.escape(printable(value))) for name, value in made.items())}"""
 
 
 # ------------------------------------------------------------------------------------ own pictures
 
 
-def classify(model, class_names, image_size, names):
-    """Print the five likeliest classes of each picture; folders stand for the pictures in them.
-
-    Raises ValueError at the end if any could not be read.
-    """
-    if "" in names:
-        raise ValueError("the command names an empty path")
+def find_own_pictures(names):
+    """Return the pictures that the command names, with those in the folders that it names."""
     files = []
-    for name in map(Path, names):
-        inside = sorted(path for path in name.rglob("*") if train_model.is_picture(path.name)
-                        and path.is_file() and "/." not in f"/{path.relative_to(name).as_posix()}")
-        files += inside or [name]
+    for name in names:
+        if not name:
+            raise ValueError("the command names an empty path")
+        inside = sorted(path for path in Path(name).rglob("*")
+                        if train_model.is_picture(path.name) and path.is_file()
+                        and "/." not in f"/{path.relative_to(name).as_posix()}")
+        files += inside or [Path(name)]
+    return files
+
+
+def classify(model, class_names, image_size, files):
+    """Print the five likeliest classes of each picture; raise ValueError if any cannot be read."""
     device, failed = next(model.parameters()).device, 0
     for file in files:
         try:
@@ -370,7 +386,7 @@ def classify(model, class_names, image_size, names):
             with Image.open(io.BytesIO(train_model.encode_small(file))) as image:
                 pixels = np.array(train_model.centre(image, image_size))
         except Exception as error:  # of nearly any kind, from Pillow
-            print(f"{shown(file)}: cannot be read: {shown(error)}", file=sys.stderr)
+            print(f"{printable(file)}: cannot be read: {printable(error)}", file=sys.stderr)
             failed += 1
             continue
         images = train_model.to_images(torch.from_numpy(pixels)[None], device)
@@ -378,8 +394,8 @@ def classify(model, class_names, image_size, names):
             logits = model(images).cpu()
         best = logits[0].double().softmax(0).topk(min(5, len(class_names)))
         pairs = zip(best.values.tolist(), best.indices.tolist())
-        named = [f"{shown(class_names[label])} {100 * share:.1f} %" for share, label in pairs]
-        print(f"{shown(file)}: {', '.join(named)}")
+        named = [f"{printable(class_names[label])} {100 * share:.1f} %" for share, label in pairs]
+        print(f"{printable(file)}: {', '.join(named)}")
     if failed:
         raise ValueError(f"{failed} of {len(files)} pictures could not be read")
 
@@ -387,46 +403,25 @@ def classify(model, class_names, image_size, names):
 # -------------------------------------------------------------------------------------------- main
 
 
-def judge(settings):
-    """Score the best checkpoint, or classify the pictures that the command line names."""
-    file = settings.output_dir / "model_best.pth"
+def load_best(output_dir):
+    """Return the best run of a folder and its model."""
+    file = output_dir / "model_best.pth"
     if not file.exists():
-        raise FileNotFoundError(f"there is no {file}: run train_model.py first")
-    checkpoint = train_model.load_checkpoint(file)
-    class_names, image_size = checkpoint["class_names"], checkpoint["settings"]["IMAGE_SIZE"]
-    model = train_model.ArtClassifier(len(class_names))
-    train_model.load_state(model, checkpoint["model"], file)
-    device, precision = train_model.choose_device()
-    model = train_model.fold_norms(train_model.to_device(model, device, precision))
-    if settings.pictures:
-        if train_model.processes()[0] == 0:
-            classify(model, class_names, image_size, settings.pictures)
-        return
+        raise ValueError(f"there is no {file}: run train_model.py first")
+    run = train_model.load_checkpoint(file)
+    model = train_model.ArtClassifier(len(run["class_names"]))
+    train_model.load_weights(model, run.pop("model"), file)
+    return run, model.eval()
 
+
+def prepare_test(run, settings):
+    """Return {path: path on disk} of the test paintings that are there and can be read."""
     train_model.check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
-    places = find_test_list(checkpoint["test"], settings)
-    train_model.check_alike(list(places), checkpoint["history"])
-    labels = [checkpoint["test"][path] for path in places]
-    paintings = train_model.Paintings(settings.small_dir, places.values(), labels, image_size)
-    batches = train_model.Batches(settings.batch_size)
-    batches.keep_order(range(len(paintings)))
-    loader = train_model.make_loader(paintings, batches, settings.workers, device)
-    logits, labels = train_model.evaluate(model, loader, "test")
-    if train_model.processes()[0] == 0:  # the first process writes
-        write_results(checkpoint, places, logits, labels, settings)
-
-
-def find_test_list(listed, settings):
-    """Return {path: path on disk} of the test paintings that are there and can be read.
-
-    Raises ValueError if there is none of them.
-    """
-    found = train_model.find_paintings(settings.data_dir)
-    places = train_model.match(listed, found)
+    found, listed = train_model.find_paintings(settings.data_dir), run["split"]["test"]
+    places = train_model.locate(listed, found)
     if places:  # else nothing is written
         tested = {place: found[place] for place in places.values()}
-        bad = train_model.by_the_first(
-            train_model.prepare, tested, settings.data_dir, settings.small_dir)
+        bad = train_model.prepare_copies(tested, settings.data_dir, settings.small_dir)
         places = {path: places[path] for path in listed
                   if path in places and places[path] not in bad}
     if not places:
@@ -435,30 +430,31 @@ def find_test_list(listed, settings):
     return places
 
 
-def write_results(checkpoint, places, logits, labels, settings):
+def write_results(run, places, logits, settings):
     """Write predictions.csv, outliers.csv and report.html, and print the scores."""
-    folder, class_names = settings.output_dir, checkpoint["class_names"]
-    scores = score(logits, labels)
-    guesses = yardsticks(list(places), labels.tolist(), checkpoint["artists"])
+    folder, class_names, split = settings.output_dir, run["class_names"], run["split"]
+    tested = {path: split["test"][path] for path in places}
+    labels = torch.tensor(list(tested.values()))
+    scores, guesses = score(logits, labels), yardsticks(tested, split)
     predictions = predict(places.values(), logits, labels, class_names)
     outliers = find_outliers(predictions, class_names, settings.outliers_per_class)
     columns = ("path", "class", "predicted", "probability", "class_probability", "class_rank")
     train_model.write_table(folder / "predictions.csv", columns, predictions)
     columns = ("path", "class", "fits_better", "margin", "class_probability")
     train_model.write_table(folder / "outliers.csv", columns, sum(outliers.values(), []))
+    best = run["history"][-1]
     with contextlib.suppress(OSError, ValueError):  # the epochs after the best, if they are here
         later = train_model.load_checkpoint(folder / "model_last.pth")["history"]
-        if later[: checkpoint["epoch"]] == checkpoint["history"]:
-            checkpoint["history"] = later
-    missing = len(checkpoint["test"]) - len(places)
-    write_report(folder / "report.html", checkpoint, scores, guesses, predictions, outliers,
-                 settings.small_dir, missing)
+        if later[: best["epoch"]] == run["history"]:
+            run["history"] = later
+    write_report(folder / "report.html", run, scores, guesses, predictions, outliers,
+                 settings.small_dir)
 
-    print(f"model of epoch {checkpoint['epoch']}, {checkpoint['settings']['ATTRIBUTE']}, "
+    print(f"model of epoch {best['epoch']}, {run['settings']['ATTRIBUTE']}, "
           f"{len(class_names)} classes")
     low, high = scores["interval"]
     print(f"95 % interval of the test accuracy: {100 * low:.2f} to {100 * high:.2f} %")
-    print(f"validation accuracy: {100 * checkpoint['validation_accuracy']:.2f} %")
+    print(f"validation accuracy: {100 * best['validation_accuracy']:.2f} %")
     if len(class_names) > 5:
         print(f"top-5 accuracy: {100 * scores['top5']:.2f} %")
     print(f"macro-F1: {100 * scores['macro_f1']:.2f} %")
@@ -466,16 +462,33 @@ def write_results(checkpoint, places, logits, labels, settings):
     print(f"expected calibration error: {100 * scores['calibration_error']:.2f} %")
     for name, accuracy in guesses.items():
         print(f"yardstick, {name}: {100 * accuracy:.2f} %")
-    print(f"{missing:,} of {missing + len(places):,} test paintings are missing or cannot be read")
-    right, count = int(scores["confusion"].trace()), len(places)
+    right, count, listed = int(scores["confusion"].trace()), len(places), len(split["test"])
+    print(f"{listed - count:,} of {listed:,} test paintings are missing or cannot be read")
     print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings)")
+
+
+def predict_and_score(settings):
+    """Score the best model on its test paintings, or classify the pictures that are named."""
+    run, model = train_model.from_first(load_best, settings.output_dir)
+    device = train_model.move_to_fastest(model)
+    if settings.pictures:
+        names = run["class_names"], run["settings"]["IMAGE_SIZE"]
+        train_model.from_first(classify, model, *names, find_own_pictures(settings.pictures))
+        return
+    places = train_model.from_first(prepare_test, run, settings)
+    labels = {path: run["split"]["test"][path] for path in places}
+    paintings = train_model.Paintings(
+        settings.small_dir, labels, places, run["settings"]["IMAGE_SIZE"])
+    loader = train_model.make_loader(paintings, settings.batch_size, settings.workers, device)
+    logits = train_model.evaluate(model, loader, "test")
+    train_model.from_first(write_results, run, places, logits, settings)
 
 
 def main(argv=None):
     """Run the script with the flags in `argv`, by default the command line's."""
     parser = train_model.make_parser(__doc__, SETTINGS, train_model.__file__, __file__)
     parser.add_argument("pictures", nargs="*", help="classify these pictures and folders instead")
-    return train_model.run_script(judge, parser, SETTINGS, argv)
+    return train_model.run_script(predict_and_score, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -5,67 +5,51 @@
 
 Reads   DATA_DIR/<Style>/<artist>_<title>.jpg, and ArtGAN's lists in LISTS_DIR where they are there.
 Writes  small copies into SMALL_DIR; into OUTPUT_DIR bad_files.txt (pictures that cannot be used,
-        with reasons) and, after each epoch, model_last.pth, model_best.pth (highest validation
-        accuracy so far), history.csv and class_names.txt, which test_model.py goes on from.
+        with reasons) and, after each epoch, history.csv, class_names.txt, model_best.pth (highest
+        validation accuracy so far, for test_model.py) and model_last.pth (to go on from).
 
-The file follows the data: paintings, labels, split, model, training.
-
-Measured: 18.4 paintings/s in training at 224 pixels, and whole epochs 3.3 times as fast as a plain
-script's, on two cores of a Xeon with bf16 (torch 2.13, 2026-11-23, tests/benchmark.py --batch-size
-32 --pictures 320 --rounds 2 --skip-start). No figure on ArtGAN is measured yet.
+The file follows the data: paintings, labels, split, model, training, checkpoints; `set_up` and
+`train` call them in that order.
 """
 
 import argparse
-import ast
 import contextlib
-import copy
 import csv
 import ctypes
 import functools
 import hashlib
 import io
-import itertools
 import math
 import os
 import re
 import signal
 import sys
 import tempfile
-import threading
 import time
-import types
+import traceback
 import unicodedata
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
 from datetime import timedelta
-from multiprocessing.connection import Listener
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageOps
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
+from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 try:
     import fcntl
 except ImportError:  # on Windows
     fcntl = None
-try:
-    import torchvision
-except RuntimeError as error:  # A CPU build of torch beside a CUDA build of torchvision, whose C++
-    if "torchvision::" not in str(error):  # operators cannot load. Nothing here uses them.
-        raise
-    sys.modules["torchvision._meta_registrations"] = types.ModuleType("_meta_registrations")
-    import torchvision
-from torchvision.models import ResNet50_Weights
-from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.transforms import v2
 
 # ---------------------------------------------------------------------------------------- settings
 # Edit them here, or give any of them as a flag for one run: EPOCHS as --epochs, and so on.
@@ -73,7 +57,7 @@ from torchvision.transforms import v2
 EPOCHS = 20  # passes over the training paintings; 0 checks and prepares the data only
 ATTRIBUTE = "style"  # what to learn: style, artist, genre, or another that LISTS_DIR has lists of
 DATA_DIR = "wikiart"  # the unzipped originals, one folder per style; never written to
-LISTS_DIR = "wikiart_csv"  # ArtGAN's lists, used when they are there
+LISTS_DIR = "wikiart_csv"  # ArtGAN's lists, used when they are there; "none" goes without
 SMALL_DIR = "wikiart_small"  # the small copies, and nothing else
 OUTPUT_DIR = "."  # checkpoints, and all else that training and testing write
 GROUP_BY = "painting"  # "artist" keeps all paintings of an artist in one part of the split
@@ -94,103 +78,24 @@ SETTINGS = {name: value for name, value in list(globals().items()) if name.isupp
 
 # ------------------------------------------------------------------------------------------- facts
 
-NUMBERS = {  # the settings that are numbers: (type, least, most); the others are text
-    "EPOCHS": (int, 0, 10**6), "BATCH_SIZE": (int, 1, 10**6), "MIN_PAINTINGS": (int, 1, 10**9),
-    "IMAGE_SIZE": (int, 64, 280),  # 280 of a small copy's 320 pixels are what evaluation sees
-    "LEARNING_RATE": (float, 1e-9, 10), "BACKBONE_RATE": (float, 0, 10),
-    "FROZEN_EPOCHS": (int, 0, 10**6), "WARMUP_EPOCHS": (float, 0, 10**6),
-    "WEIGHT_DECAY": (float, 0, 10), "DROPOUT": (float, 0, 0.99),
-    "WORKERS": (int, -1, 1024), "SEED": (int, 0, 2**32),
-}
-LOCAL = ("WORKERS", "DATA_DIR", "LISTS_DIR", "SMALL_DIR", "OUTPUT_DIR")  # may differ by machine
-CHANGEABLE = ("EPOCHS", *LOCAL)  # in a run
-RUN_FILES = ("model_last.pth", "model_best.pth", "history.csv", "class_names.txt",
-             "predictions.csv", "outliers.csv", "report.html")
 PARTS = ("train", "validation", "test")
 ARTGAN = "https://github.com/cs-chan/ArtGAN, folder 'WikiArt Dataset'"
-
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
+MAX_PIXELS = 40_000_000  # of a picture, at up to 16 bytes a pixel; baseline JPEGs may be larger
 SMALL_SIDE = 320  # short side of a small copy in pixels
 MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
-MAX_PIXELS = 64_000_000  # of a picture, at up to 9 bytes a pixel; baseline JPEGs may be larger
-MAX_WEBP = 32_000_000  # of a WebP, whose decoder takes 16 bytes a pixel
-BIG_PIXELS = 4_000_000  # larger ones are decoded one at a time, to bound memory
-BIG_PICTURE = threading.Lock()
-CLOCK_STEP = 2 * 10**9  # ns; times of files closer than this are the same (FAT counts in 2 s)
-
 CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each direction
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
 CLIP_NORM = 1.0  # largest norm of the gradient
-READ_EVERY = 20  # batches; reading losses more often would hold up the device
-CHECKPOINT_FORMAT = 1  # model_best.pth holds at least TESTED, and model_last.pth RESUMED:
-TESTED = {"settings": dict, "class_names": list, "epoch": int, "validation_accuracy": float,
-          "history": list, "sizes": dict, "test": dict, "artists": dict, "versions": dict,
-          "split_from": str, "model": dict}
-RESUMED = TESTED | {"split": dict, "optimizer": dict, "scaler": dict}
-ROW = re.compile(r"(.+?),+\s*([0-9]+)")  # of ArtGAN's lists: path,label or path,,label
-CLASS = re.compile(r"([0-9]+)\s+(.+)")  # of its class files
-EXAMPLE = {ROW: "Cubism/juan-gris_violin-1916.jpg,7", CLASS: "7 Cubism"}
-
-# --------------------------------------------------------------------------------------- processes
-# One, or as many as torchrun starts. The first prepares and writes; all draw the same split.
-
-
-def join_processes():
-    """Join the processes that torchrun started, if it did, and take a GPU of one's own.
-
-    Raises ValueError if this machine has fewer GPUs than processes.
-    """
-    if "LOCAL_RANK" not in os.environ:
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend, gpus = "cpu:gloo,cuda:nccl", torch.cuda.device_count()
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= gpus:
-            raise ValueError(f"torchrun started more processes than the {gpus} GPUs here: lower "
-                             "--nproc-per-node")
-        torch.cuda.set_device(local_rank)
-    # the others wait while the first prepares the small copies, which may take hours
-    distributed.init_process_group(backend, timeout=timedelta(days=1))
-
-
-def processes():
-    """Return (number of this process, number of processes)."""
-    together = distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
-
-
-def gather(value):
-    """Return the values of all processes, in their order."""
-    values = [value] * processes()[1]
-    if len(values) > 1:
-        distributed.all_gather_object(values, value)
-    return values
-
-
-def by_the_first(function, *given):
-    """Return what the first process's function returns, to all processes."""
-    return gather(function(*given) if processes()[0] == 0 else None)[0]
-
-
-def seed_of(*parts):
-    """Return a seed of 32 bits that follows from the parts alone, on every machine."""
-    return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
-
-
-def check_alike(*parts):
-    """Raise ValueError unless the parts are the same in all processes."""
-    if len(set(gather(seed_of(*parts)))) > 1:
-        raise ValueError("the processes see different settings, paintings or checkpoints: the "
-                         "settings and what is in their folders must be the same on all machines")
-
+READ_EVERY = 20  # batches; reading the loss more often would hold up the device
+FORMAT = 2  # of the checkpoints
 
 # --------------------------------------------------------------------------------------- paintings
 
 
-def shown(text):
-    """Return a path or a message as one printable line; `run_script` does that to all errors."""
+def printable(text):
+    """Return a path or a message as one line that any terminal shows."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
@@ -198,7 +103,7 @@ def report(items, what):
     """Print what the items are, how many, and the first three; nothing where there are none."""
     if items:
         dots = ", ..." if len(items) > 3 else ""
-        print(f"{what}: {len(items):,} ({', '.join(map(shown, items[:3]))}{dots})")
+        print(f"{what}: {len(items):,} ({', '.join(map(printable, items[:3]))}{dots})")
 
 
 def is_picture(name):
@@ -206,40 +111,31 @@ def is_picture(name):
     return not name.startswith(".") and name.lower().endswith(ENDINGS)
 
 
-def list_pictures(folder):
-    """Return {"Style/name.jpg": modification time in ns}, sorted, of the pictures one folder down.
-
-    The time of what bears a picture's name but is no regular file is None. Hidden files and
-    folders are passed over, and so is everything without a picture's ending.
-    """
-    pictures = {}
-    for style in os.scandir(folder):
-        if style.is_dir() and not style.name.startswith("."):
-            for entry in os.scandir(style):
-                if is_picture(entry.name):
-                    changed = entry.stat().st_mtime_ns if entry.is_file() else None
-                    pictures[f"{style.name}/{entry.name}"] = changed
-    return dict(sorted(pictures.items()))
-
-
 def find_paintings(data_dir):
-    """Return `list_pictures(data_dir)`. Raises FileNotFoundError or ValueError if there is none."""
-    if not data_dir.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {data_dir}: unzip ArtGAN's WikiArt ({ARTGAN}) there, or tell "
-            "where it is by --data-dir; python tests/demo.py goes without it")
-    found = list_pictures(data_dir)
+    """Return {"Style/name.jpg": stamp} of the originals, sorted.
+
+    A stamp, bytes, tells size and modification time; it is None for what is no regular file.
+    """
+    found = {}
+    for folder in os.scandir(data_dir) if data_dir.is_dir() else ():
+        if folder.is_dir() and not folder.name.startswith("."):
+            for entry in os.scandir(folder):
+                if is_picture(entry.name):
+                    status = entry.stat() if entry.is_file() else None
+                    found[f"{folder.name}/{entry.name}"] = status and (
+                        b"original: %d bytes, %d ns" % (status.st_size, status.st_mtime_ns))
     if not found:
-        raise ValueError(f"{data_dir} has no picture in its folders: it must hold a folder per "
-                         "style, with the pictures in them, as ArtGAN's wikiart.zip does")
-    print(f"{len(found):,} paintings in {shown(data_dir)}")
-    return found
+        raise ValueError(f"there is no picture in a folder of {data_dir}: unzip ArtGAN's WikiArt "
+                         f"({ARTGAN}) so that {data_dir / 'Cubism'} and so on are there, or tell "
+                         "where they are by --data-dir; python tests/demo.py goes without")
+    print(f"{len(found):,} paintings in {printable(data_dir)}")
+    return dict(sorted(found.items()))
 
 
 def shrink(size, short_side):
     """Return the size of a picture, (width, height), with its short side at most `short_side`."""
     scale = max(1, min(size) / short_side)
-    return tuple(max(1, round(side / scale)) for side in size)
+    return tuple(round(side / scale) for side in size)
 
 
 def to_rgb(image, size):
@@ -256,75 +152,53 @@ def to_rgb(image, size):
     return image
 
 
-def decode(source, short_side):
-    """Return a picture, upright, as RGB whose short side is at most `short_side` pixels.
-
-    Nothing is enlarged. Raises nearly any exception on a broken picture, as Pillow does, and
-    ValueError if it has too many pixels: baseline JPEGs, decoded at a reduced scale, never do.
-    """
-    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit does not know of draft(); ours does
-    with Image.open(source, formats=PICTURE_FORMATS) as image:
+def decode(path, short_side):
+    """Return a picture, upright, as RGB whose short side is at most `short_side` pixels."""
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is for JPEGs too, which draft() shrinks
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         baseline = image.format in ("JPEG", "MPO") and "progressive" not in image.info
-        most = MAX_WEBP if image.format == "WEBP" else MAX_PIXELS
-    if width * height > most and not baseline:
-        raise ValueError(f"{width} x {height} is more than {most:,} pixels")
-    big = width * height > BIG_PIXELS and not baseline
-    with BIG_PICTURE if big else contextlib.nullcontext():
-        return decode_now(source, short_side)  # on return, all but the result is out of memory
-
-
-def decode_now(source, short_side):
-    """Do what `decode` does, whatever memory it takes."""
-    with Image.open(source, formats=PICTURE_FORMATS) as image:
+        if width * height > MAX_PIXELS and not baseline:
+            raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
         image.draft(image.mode, shrink(image.size, short_side))
         ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image, shrink(image.size, short_side))
 
 
-def encode_small(source):
-    """Return the small copy of a picture, as JPEG. Raises what `decode` raises."""
+def encode_small(path, stamp=b""):
+    """Return the small copy of a picture as JPEG, with a stamp in place of its own comments."""
     jpeg = io.BytesIO()
-    decode(source, SMALL_SIDE).save(jpeg, "JPEG", quality=90)
+    decode(path, SMALL_SIDE).save(jpeg, "JPEG", quality=90, comment=stamp)
     return jpeg.getvalue()
 
 
-def small_name(path):
-    """Return a painting's name in SMALL_DIR: x.jpg stays, x.png becomes x.png.jpg.
+def is_stamped(file, stamp):
+    """Return whether a small copy is there and bears a stamp."""
+    with contextlib.suppress(FileNotFoundError), open(file, "rb") as copy:
+        return stamp in copy.read(100)
+    return False
 
-    No two paintings share one: x.png.jpg becomes x.png.jpg.jpg.
-    """
+
+def small_name(path):
+    """Return a painting's own name in SMALL_DIR: x.jpg stays, x.png is x.png.jpg, and so on."""
     unambiguous = path.endswith(".jpg") and not path[:-4].lower().endswith(ENDINGS)
     return path if unambiguous else path + ".jpg"
 
 
-def write_whole(path, content, changed=None):
-    """Write a file whole or not at all: beside its place, to the disk, then into its place.
-
-    content: bytes, or a function that writes into the open file; changed: its modification time
-    in ns. What a kill leaves half-written is overwritten next time. Raises OSError with the path.
-    """
+def write_whole(path, content):
+    """Write bytes into a file, whole or not at all: first beside its place, then into it."""
     name = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
     temporary = path.with_name(f".{name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            content(file) if callable(content) else file.write(content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if changed is not None:
-            os.utime(temporary, ns=(changed, changed))
         os.replace(temporary, path)
-        if changed is None and os.name == "posix":  # a new name lasts only once its folder does
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        for reason in (error, error.__context__):  # torch.save hides it behind a RuntimeError
-            if isinstance(reason, OSError):
-                raise OSError(f"cannot write {path}: {reason.strerror or reason}") from error
-        raise
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def cores():
@@ -332,37 +206,32 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def prepare(found, data_dir, small_dir):
+def prepare_copies(found, data_dir, small_dir):
     """Bring the small copies of the found paintings up to date; return {path: reason} of the bad.
 
-    A copy bears its original's modification time: a changed original is copied anew. Threads do
-    the work, since Pillow frees the interpreter while it decodes, resizes and encodes.
-
-    Raises OSError if a copy cannot be written.
+    A copy is stamped with the size and time of its original: a changed one is copied anew. Threads
+    do the work, since Pillow frees the interpreter while it decodes, resizes and encodes.
     """
     def make_copy(path):
         """Write the small copy of a painting; return None, or the reason why it is bad."""
         try:
             if found[path] is None:
                 raise ValueError("no regular file")
-            if len(os.fsencode(small_name(path).rpartition("/")[2])) > 255:
+            if len(os.fsencode(os.path.basename(small_name(path)))) > 255:
                 raise ValueError("the name is too long for a small copy")
-            jpeg = encode_small(data_dir / path)
+            jpeg = encode_small(data_dir / path, found[path])
         except Exception as error:  # of nearly any kind, from Pillow
-            return shown(error) or type(error).__name__
-        write_whole(small_dir / small_name(path), jpeg, found[path])
+            return printable(error) or type(error).__name__
+        (small_dir / path).parent.mkdir(exist_ok=True)
+        write_whole(small_dir / small_name(path), jpeg)
         return None
 
     small_dir.mkdir(parents=True, exist_ok=True)
     with open(small_dir / ".lock", "wb") as lock, ThreadPool(cores()) as pool:
-        if fcntl:  # wait until no other process prepares the folder
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        copied = list_pictures(small_dir)
-        outdated = [path for path, changed in found.items()
-                    if changed is None or small_name(path) not in copied
-                    or abs(changed - copied[small_name(path)]) > CLOCK_STEP]
-        for folder in {(small_dir / path).parent for path in outdated}:
-            folder.mkdir(exist_ok=True)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # wait until no other process prepares the folder
+        outdated = [path for path, stamp in found.items()
+                    if not stamp or not is_stamped(small_dir / small_name(path), stamp)]
         bar = tqdm(pool.imap(make_copy, outdated), "small copies", len(outdated), disable=None)
         try:
             bad = {path: reason for path, reason in zip(outdated, bar) if reason}
@@ -373,13 +242,6 @@ def prepare(found, data_dir, small_dir):
           f"{len(found) - len(outdated):,} were there already")
     report([f"{path} ({reason})" for path, reason in bad.items()], "pictures that cannot be used")
     return bad
-
-
-def write_bad_files(bad, output_dir):
-    """Write {path: reason} of the pictures that cannot be used into bad_files.txt."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lines = "".join(f"{shown(path)}\t{reason}\n" for path, reason in bad.items())
-    write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
 
 
 # ------------------------------------------------------------------------------------------ labels
@@ -400,134 +262,93 @@ def artist(path):
     return file_name(path).partition("_")[0]
 
 
-def read_table(path, row):
-    """Return the groups of each line that is a row; print how many there are, and other lines.
-
-    Raises ValueError if there is no row, or the file is no text.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    hits = [(line, row.fullmatch(line)) for line in map(str.strip, lines) if line]
-    rows = [hit.groups() for _, hit in hits if hit]
-    others = [line for line, hit in hits if not hit]
+def read_rows(path, pattern, example):
+    """Return the groups of each line of a file that matches; report the other lines."""
+    rows, others = [], []
+    for line in path.read_text("utf-8-sig", "replace").split("\n"):
+        if match := re.fullmatch(pattern, line.strip()):
+            rows.append(match.groups())
+        elif line.strip():
+            others.append(line[:99])
     if not rows:
-        raise ValueError(f"{path} has no row such as {EXAMPLE[row]}; its first line is "
+        raise ValueError(f"{path} has no row such as {example}; its first line is "
                          f"{others[0] if others else 'missing'!r}")
-    print(f"{shown(path)}: {len(rows):,} rows")
-    report(others, f"{shown(path)}: lines that are no rows, passed over")
+    report(others, f"{printable(path)}: lines that are no rows, passed over")
     return rows
 
 
 def read_lists(lists_dir, attribute):
-    """Read ArtGAN's lists of an attribute, in the form of its zip or of its repository.
+    """Read ArtGAN's lists of an attribute, from lists_dir or its folder Style, Artist, Genre.
 
-    They are in lists_dir, or in its folder Style, Artist, Genre. Returns the class names and
-    {"test": {path: label}, "train": {path: label}}, where test is what ArtGAN calls val; or None
-    where there are no lists. A path listed twice counts once, by its first row; the test list is
-    read first, so that it stays whole.
-
-    Raises ValueError if a list is missing, is no list, or has a label without a class.
+    Both forms are known, that of the zip and that of the repository, without endings. Returns the
+    class names, {path: label}, and the set of paths to test on, which ArtGAN calls val. A path
+    listed twice counts once, by its first row; the test list comes first and stays whole.
     """
-    stems = [f"{attribute}_class", f"{attribute}_val", f"{attribute}_train"]
-    files = [file for name in stems for folder in (lists_dir, lists_dir / attribute.capitalize())
-             for end in (".txt", ".csv", "") if (file := folder / (name + end)).is_file()]
-    if not files:
-        print(f"no {attribute} lists in {shown(lists_dir)}: classes and split are drawn without")
-        return None
-    if [file.stem for file in files] != stems:
-        raise ValueError(f"{lists_dir} must hold each of {', '.join(stems)} once, and has "
-                         f"{', '.join(file.name for file in files)}: see {ARTGAN}")
+    wanted = [f"{attribute}_{kind}" for kind in ("class", "val", "train")]
+    files = [path for folder in (lists_dir, lists_dir / attribute.capitalize())
+             for path in folder.glob("*") if path.stem in wanted]
+    files.sort(key=lambda path: wanted.index(path.stem))
+    if [path.stem for path in files] != wanted:
+        there = ", ".join(sorted(path.name for path in lists_dir.glob("*"))[:9]) or "nothing"
+        raise ValueError(f"{lists_dir} must hold {', '.join(wanted)} (.txt, .csv) once each, and "
+                         f"has {there}: see {ARTGAN}, or go without by --lists-dir none")
     class_file, test_file, train_file = files
-
-    rows = read_table(class_file, CLASS)
-    names = {int(index): name for index, name in rows}
-    if sorted(names) != list(range(len(rows))) or len(set(names.values())) < len(rows):
+    names = {int(label): name for label, name in read_rows(
+        class_file, r"([0-9]+)\s+(.+)", "7 Cubism")}
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
         raise ValueError(f"{class_file} must number different classes from 0, one per line")
-    listed, repeated, folders = {"test": {}, "train": {}}, [], defaultdict(set)
-    for part, file in (("test", test_file), ("train", train_file)):
-        for path, label in read_table(file, ROW):
-            if int(label) not in names:
-                raise ValueError(f"{file} gives {path} the label {label}, which {class_file} does "
-                                 "not name")
-            if path in listed["test"] or path in listed["train"]:
-                repeated.append(path)
-            else:
-                listed[part][path] = int(label)
-                folders[int(label)].add(style(path))
+    row = r"(.+?),+\s*([0-9]+)", "Cubism/juan-gris_violin-1916.jpg,7"
+    test_rows = read_rows(test_file, *row)
+    labels, repeated, folders = {}, [], defaultdict(set)
+    for path, label in test_rows + read_rows(train_file, *row):
+        if int(label) not in names:
+            raise ValueError(f"{path} has the label {label} in the lists of {lists_dir}, and "
+                             f"{class_file} does not name it")
+        if path in labels:
+            repeated.append(path)
+        labels.setdefault(path, int(label))
+        folders[int(label)].add(style(path))
     report(repeated, "rows that repeat a painting, passed over")
     if attribute == "style":  # a style is named as its folder: Art_Nouveau_Modern, not Art_Nouveau
         renamed = names | {label: min(own) for label, own in folders.items() if len(own) == 1}
         if len(set(renamed.values())) == len(names):  # still different names
             names = renamed
-    return [names[label] for label in range(len(names))], listed
+    return [names[label] for label in range(len(names))], labels, {path for path, _ in test_rows}
 
 
 def read_names(found, attribute, min_paintings):
-    """Label paintings without lists: style by folder, artist by file name.
-
-    Returns the class names, sorted, and {path: label}. Raises ValueError for other attributes.
-    """
+    """Label as `read_lists` does, without lists: style by folder, artist by file name."""
     if attribute not in ("style", "artist"):
-        raise ValueError(
-            f"ATTRIBUTE {attribute!r} needs {attribute}_train.csv, {attribute}_val.csv and "
-            f"{attribute}_class.txt in LISTS_DIR; ArtGAN's lists of style, artist and genre are at "
-            f"{ARTGAN}, and style and artist go without")
+        raise ValueError(f"ATTRIBUTE {attribute!r} needs {attribute}_train.csv, {attribute}_val.csv"
+                         f" and {attribute}_class.txt in LISTS_DIR; ArtGAN's are at {ARTGAN}")
     name_of, least = (style, 1) if attribute == "style" else (artist, min_paintings)
     sizes = Counter(map(name_of, found))
     class_names = sorted(name for name, size in sizes.items() if size >= least)
-    label = {name: number for number, name in enumerate(class_names)}
-    return class_names, {path: label[name_of(path)] for path in found if name_of(path) in label}
+    label_of = {name: label for label, name in enumerate(class_names)}
+    labels = {path: label_of[name_of(path)] for path in found if name_of(path) in label_of}
+    return class_names, labels, None
 
 
-def match(listed, found):
-    """Return {listed path: path on disk} of the listed paintings that are on disk.
+def locate(paths, found):
+    """Return {path: path on disk} of the paths that are on disk, as they are or spelt otherwise.
 
-    Some of ArtGAN's names are garbled (mojibake), and a disk may hold such a name as listed,
-    repaired, or with _ for each odd character. So a listed path that is not on disk exactly is
-    looked for by a key, its folder and the ASCII letters and digits of its name, and is matched
-    where one such path and one file that no list claims have that key, and not both are ASCII.
+    Some of ArtGAN's names are garbled, and a disk may hold such a name as listed, repaired, or with
+    _ for each odd character. So a path that is not there exactly is looked for by its folder and
+    the ASCII letters and digits of its name, and is taken where one path and one file agree.
     """
-    places = {path: path for path in listed if path in found}
+    places = {path: path for path in paths if path in found}
 
-    def by_key(paths):
-        keys = defaultdict(list)
-        for path in paths:
-            keys[style(path), re.sub("[^A-Za-z0-9]", "", file_name(path))].append(path)
-        return keys
+    def by_spelling(names):
+        groups = defaultdict(list)
+        for name in names:
+            groups[style(name), re.sub("[^A-Za-z0-9]", "", file_name(name))].append(name)
+        return groups
 
-    files = by_key(path for path in found if path not in places)
-    for key, paths in by_key(path for path in listed if path not in places).items():
-        if len(paths) == len(files[key]) == 1 and not (paths[0] + files[key][0]).isascii():
-            places[paths[0]] = files[key][0]
+    files = by_spelling(path for path in found if path not in places)
+    for spelling, lost in by_spelling(path for path in paths if path not in places).items():
+        if len(lost) == len(files[spelling]) == 1:
+            places[lost[0]] = files[spelling][0]
     return places
-
-
-def label_paintings(found, attribute, lists_dir, min_paintings):
-    """Label the found paintings, by ArtGAN's lists where they are there.
-
-    Returns the class names; {path: label} and {path: path on disk} of the paintings that are on
-    disk, with paths as the lists spell them; and the set of paths that the lists keep for the
-    test, None without lists.
-
-    Raises ValueError if none of the listed is on disk, and what the readers raise.
-    """
-    lists, tested = read_lists(lists_dir, attribute), None
-    if lists:
-        class_names, listed = lists
-        labels, tested = listed["test"] | listed["train"], set(listed["test"])
-    else:
-        class_names, labels = read_names(found, attribute, min_paintings)
-    places = match(labels, found)
-    report([path for path in labels if path not in places], "listed paintings that are not on disk")
-    report(sorted(found.keys() - set(places.values())), "paintings without a class")
-    if lists and not places:
-        raise ValueError(
-            f"the {attribute} lists in {lists_dir} name {len(labels):,} paintings, and none of "
-            f"them is on disk, where the first is {min(found)}: do they belong together?")
-    labels = {path: label for path, label in labels.items() if path in places}
-    return class_names, labels, places, tested
 
 
 # ------------------------------------------------------------------------------------------- split
@@ -536,124 +357,80 @@ def label_paintings(found, attribute, lists_dir, min_paintings):
 def draw_split(labels, group_of, shares, seed):
     """Divide {path: label} by class into parts, each group of paintings whole in one of them.
 
-    shares: {part: share}, the most needed part first: a class of 1 goes to the first, of 2 to the
-    first two, and so on. Returns {part: [paths]}. The same seed gives the same split on every
-    machine: neither the order of the labels nor Python's hash() matters.
-
-    As in iterative stratification (Sechidis et al. 2011), groups with the rarest classes are
-    placed first, larger ones before smaller, each in the part that then lacks most.
+    shares: {part: share}; a class of 1 goes to the first part, of 2 to the first two, and so on.
+    Returns {part: {path: label}}, the same for the same seed on every machine: neither the order of
+    the labels nor Python's hash() matters.
     """
-    sizes, wanted, (first, *others) = Counter(labels.values()), {}, shares
-    for label, size in sizes.items():  # wanted: {(part, label): number of paintings}
-        for place, part in enumerate(others, 1):
-            wanted[part, label] = max(1, int(size * shares[part] + 0.5)) if size > place else 0
-        wanted[first, label] = size - sum(wanted[part, label] for part in others)
-    members = defaultdict(list)
+    groups, sizes = defaultdict(list), Counter(labels.values())
     for path in sorted(labels):
-        members[group_of(path)].append(path)
+        groups[group_of(path)].append(path)
+    split, filled = {part: {} for part in shares}, Counter()
 
-    def rank(group):
-        rarest = min(sizes[labels[path]] for path in members[group])
+    def turn(group):
+        """Return what groups are sorted by: the larger first, chance among equals."""
         draw = hashlib.blake2b(f"{seed} {group}".encode("utf-8", "surrogateescape")).digest()
-        return rarest, -len(members[group]), draw
+        return -len(groups[group]), draw
 
-    def need(part, counts):
-        """Return the share of what it wants that a part lacks, were half the group placed there.
+    def fullness(part, counts):
+        """Return how full a part would be with half of a group, {label: paintings}, in it."""
+        full = 0
+        for label, count in counts.items():  # a class weighs by the share that the group holds
+            half = (count - (filled[part, label] == 0)) / 2  # one painting finds any part empty
+            full += count / sizes[label] ** 2 * (filled[part, label] + half)
+        return full / shares[part]
 
-        counts: {label: paintings in the group}; a class counts by how much of it the group holds.
-        """
-        return sum(count / sizes[label] * (missing[part, label] - count / 2)
-                   / max(wanted[part, label], 0.5) for label, count in counts.items())
-
-    split, missing = {part: [] for part in shares}, dict(wanted)
-    for group in sorted(members, key=rank):
-        counts = Counter(labels[path] for path in members[group])
-        part = max(shares, key=functools.partial(need, counts=counts))
-        split[part] += members[group]
+    for group in sorted(groups, key=turn):
+        counts = Counter(labels[path] for path in groups[group])
+        part = min(shares, key=functools.partial(fullness, counts=counts))
+        split[part] |= {path: labels[path] for path in groups[group]}
         for label, count in counts.items():
-            missing[part, label] -= count
-    return {part: sorted(paths) for part, paths in split.items()}
-
-
-def split_paintings(labels, tested, group_by, seed, kept=None):
-    """Return {part: {path: label}} for the parts train, validation and test.
-
-    The split of an earlier run, `kept`, stays, without the paintings that have no label now. Else
-    the test is `tested`, what ArtGAN's lists keep for it, and validation a tenth of the rest; or,
-    where that is None, the parts are 70, 15 and 15 %, and `group_by` "artist" keeps all of an
-    artist in one of them. Files of one name in two folders stay together in what is drawn.
-
-    Raises ValueError if a part is empty, or the training has a single class.
-    """
-    if kept:
-        paths = {part: [path for path in kept[part] if path in labels] for part in PARTS}
-    elif tested is None:
-        shares = {"train": 0.7, "test": 0.15, "validation": 0.15}
-        paths = draw_split(labels, artist if group_by == "artist" else file_name, shares, seed)
-    else:
-        drawn = {path: label for path, label in labels.items() if path not in tested}
-        paths = {"test": sorted(tested & labels.keys())}
-        paths |= draw_split(drawn, file_name, {"train": 0.9, "validation": 0.1}, seed)
-    split = {part: {path: labels[path] for path in paths[part]} for part in PARTS}
-    if (classes := len(set(split["train"].values()))) < 2:
-        raise ValueError("a classifier needs two classes with enough paintings, and has "
-                         f"{classes}: are DATA_DIR and MIN_PAINTINGS right?")
-    if empty := [part for part in PARTS if not split[part]]:
-        raise ValueError(f"{len(labels):,} paintings are too few: none is left for "
-                         f"{', '.join(empty)}; is DATA_DIR right?")
+            filled[part, label] += count
     return split
 
 
-def find_again(split, found, places):
-    """Return {path: label} and {path: path on disk} of an earlier run's paintings that are there.
+def split_paintings(labels, test_list, group_by, seed):
+    """Return {part: {path: label}} for the parts train, validation and test, and where it is from.
 
-    places: those of all paintings that have a label now. Prints what is gone or new.
+    With `test_list`, the paths that ArtGAN's lists keep for the test, validation is a tenth of the
+    rest. Without, or where all of an artist stay in one part, the parts are 70, 15 and 15 %. Files
+    of one name in two folders stay together in what is drawn.
     """
-    known = {path: label for part in PARTS for path, label in split[part].items()}
-    again = match(known, found)
-    report(sorted(known.keys() - again.keys()), "paintings of the run that are gone")
-    report(sorted(set(places.values()) - set(again.values())),
-           "paintings that are new since the run began, left out")
-    return {path: known[path] for path in again}, again
+    if test_list is None or group_by == "artist":  # in ArtGAN's lists, most artists are in both
+        group_of = artist if group_by == "artist" else file_name
+        shares, source = {"train": 0.7, "test": 0.15, "validation": 0.15}, f"drawn by {group_by}"
+        split = draw_split(labels, group_of, shares, seed)
+    else:
+        shares, source = {"train": 0.9, "validation": 0.1}, "that of the lists"
+        others = {path: label for path, label in labels.items() if path not in test_list}
+        split = draw_split(others, file_name, shares, seed)
+        split["test"] = {path: labels[path] for path in test_list}
+    return {part: dict(sorted(split[part].items())) for part in PARTS}, source
+
+
+def keep_usable(split, places, bad):
+    """Return a split without what is not on disk, by {path: path on disk}, or is bad."""
+    usable = {part: {path: label for path, label in split[part].items()
+                     if path in places and places[path] not in bad} for part in PARTS}
+    classes, sizes = len(set(usable["train"].values())), [len(usable[part]) for part in PARTS]
+    if classes < 2 or not all(sizes):
+        raise ValueError("a classifier needs two classes, and paintings to train, validate and test"
+                         f", and has {classes} and {sizes}: are DATA_DIR and MIN_PAINTINGS right?")
+    return usable
 
 
 def report_split(split, class_names):
     """Print the sizes of a split, and what is odd about it."""
     sizes = ", ".join(f"{len(split[part]):,} {part}" for part in PARTS)
     print(f"split: {sizes} paintings in {len(class_names)} classes")
-    learned = {file_name(path) for part in ("train", "validation") for path in split[part]}
-    twins = [path for path in split["test"] if file_name(path) in learned]
-    report(twins, "test paintings with the file name of one to learn from")
-    used = {label for part in PARTS for label in split[part].values()}
+    learned = {file_name(path) for path in split["train"] | split["validation"]}
+    report([path for path in split["test"] if file_name(path) in learned],
+           "test paintings with the file name of one to learn from")
+    used = set().union(*(split[part].values() for part in PARTS))
     report([name for label, name in enumerate(class_names) if label not in used],
            "classes without a painting")
 
 
-def commonest_classes(split):
-    """Return {artist: commonest label of the paintings outside the test}; "" is for all others."""
-    counts = defaultdict(Counter)
-    for part in ("train", "validation"):
-        for path, label in sorted(split[part].items()):
-            counts[artist(path)][label] += 1
-            counts[""][label] += 1
-    return {name: count.most_common(1)[0][0] for name, count in counts.items()}
-
-
 # ------------------------------------------------------------------------------------------- model
-
-
-class ResidualBlock(Bottleneck):
-    """torchvision's block, but with sums and ReLUs in new memory, which is faster on CPUs.
-
-    19.1 to 21.8 paintings/s in training, 71 to 108 in evaluation (batch 64, two cores).
-    """
-
-    def forward(self, x):
-        """Turn a feature map (B, C, H, W) into the block's (B, D, H/stride, W/stride)."""
-        y = nn.functional.relu(self.bn1(self.conv1(x)))
-        y = nn.functional.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return nn.functional.relu(y + (self.downsample(x) if self.downsample else x))
 
 
 class FeatureExtractor(nn.Module):
@@ -661,8 +438,7 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = OrderedDict(ResNet(ResidualBlock, [3, 4, 6, 3]).named_children())
-        layers["relu"] = nn.ReLU()
+        layers = OrderedDict(resnet50().named_children())
         del layers["avgpool"], layers["fc"]
         self.resnet = nn.Sequential(layers)
         self.mean = nn.Buffer(255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -703,88 +479,95 @@ class ArtClassifier(nn.Module):
         self.features.requires_grad_(not frozen)
 
 
-def fold_norms(model):
-    """Return a copy for evaluation, which is faster: batch norms are folded into convolutions.
-
-    Jacob et al. 2018 (arXiv 1712.05877), section 3.2; the function computed is the same. Its ResNet
-    is in the precision of autocast, which would convert the weights anew for every batch.
-    """
-    folded = copy.deepcopy(model).eval()
-    for module in folded.modules():
-        for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
-            if isinstance(norm, nn.BatchNorm2d):  # each stands right after its convolution
-                setattr(module, name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, nn.Identity())
-    folded.features.resnet.to(model.precision)
-    folded.lstm.flatten_parameters()  # cuDNN wants the copied weights in one piece
-    return folded
-
-
 def load_tensors(path):
-    """Load a file of torch.save that holds tensors and plain values alone.
-
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or holds anything else.
-    """
+    """Load a file of torch.save; refuse one that is damaged or holds more than plain values."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    path.open("rb").close()  # raises OSError where it cannot be read
-    reason, broken = "it is cut off, or is no PyTorch file", None
-    with contextlib.suppress(Exception):  # of many kinds; torch advises an unsafe load
-        if zipfile.is_zipfile(path):  # files of before 2020 are none
-            reason = "it is damaged, or holds more than tensors and values, which could run code"
-            broken = zipfile.ZipFile(path).testzip()
-        if not broken:
+        raise ValueError(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not look at the checksums
+        if not damaged:
             return torch.load(path, map_location="cpu", weights_only=True)
-        reason = f"it is damaged (the checksum of {broken} is wrong)"
-    raise ValueError(f"{path} is refused: {reason}")
+    except Exception as error:  # of many kinds; torch's words advise an unsafe load
+        raise ValueError(f"{path} is refused: it is cut off, no PyTorch file, or holds more than "
+                         "tensors and values, which could run code") from error
+    raise ValueError(f"{path} is refused: it is damaged (the checksum of {damaged} is wrong)")
 
 
-def load_state(module, tensors, path, unused=()):
-    """Load tensors into a module, whose counts of batches may be missing, as in old files.
-
-    Raises ValueError unless all other names, shapes and types fit, and all numbers are finite.
-    """
-    own = module.state_dict()
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError(f"{path} is refused: it holds no weights")
-    given = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
-    given |= {name: value for name, value in tensors.items() if name not in unused}
-
-    def form(value):
-        return value.shape, value.dtype, value.layout, value.device
-
-    wrong = sorted(own.keys() ^ given.keys()) or [
-        name for name in own
-        if form(own[name]) != form(given[name]) or not given[name].isfinite().all()]
-    if wrong:
-        raise ValueError(f"{path} is refused: {len(wrong)} tensors are missing, unknown, of "
-                         f"another shape or type or not finite; the first is {wrong[0]}")
-    module.load_state_dict(given)
+def load_weights(module, tensors, path):
+    """Load the tensors of a file into a module, where all of them fit."""
+    try:
+        module.load_state_dict(tensors)
+    except Exception as error:  # RuntimeError, and of other kinds where they are no tensors
+        words = " ".join(str(error).split())
+        raise ValueError(f"{path} is refused: its weights do not fit: {words[:300]}") from error
 
 
-def load_resnet(model, weights):
-    """Start the ResNet from `weights`: "imagenet" (torchvision's IMAGENET1K_V2), "none", or a file.
-
-    Raises OSError if they cannot be had, ValueError if they are not the weights of a ResNet-50.
-    """
-    if weights == "none":
-        return
-    path = Path(os.path.expanduser(weights))
+def load_resnet(resnet, weights):
+    """Start a ResNet from `weights`: "imagenet" (torchvision's IMAGENET1K_V2) or a file."""
+    path = Path(os.path.abspath(os.path.expanduser(weights)))
     if weights == "imagenet":
-        url = ResNet50_Weights.IMAGENET1K_V2.url
-        path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        imagenet = ResNet50_Weights.IMAGENET1K_V2
         try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, path, path.stem.rpartition("-")[2])
-        except Exception as error:  # of many kinds, from the network
-            raise OSError(f"cannot download {url} ({error}): put that file at {path}, or start "
-                          "without it by --weights none") from error
-    tensors = load_tensors(path)
-    load_state(model.features.resnet, tensors, path, unused=("fc.weight", "fc.bias"))
+            tensors = imagenet.get_state_dict(check_hash=True, weights_only=True)
+        except Exception as error:  # of many kinds, from the network and from torch
+            raise OSError(f"cannot load {imagenet.url} ({error}): put that file, whole, into "
+                          f"{torch.hub.get_dir()}/checkpoints, or go without by --weights none"
+                          ) from error
+    else:
+        tensors = load_tensors(path)
+    load_weights(resnet, {name: value for name, value in dict(tensors).items()
+                          if not name.startswith("fc.")}, path)
+
+
+# --------------------------------------------------------------------------------------- processes
+# One, or as many as torchrun starts. The first finds, prepares and writes, and tells the others.
+
+
+def join_processes():
+    """Join the processes that torchrun started, if it did, and take a GPU of one's own."""
+    if "LOCAL_RANK" in os.environ:
+        if cuda := torch.cuda.is_available():
+            local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local_rank >= gpus:
+                raise ValueError(f"torchrun started more processes than the {gpus} GPUs here: "
+                                 "lower --nproc-per-node")
+            torch.cuda.set_device(local_rank)
+        distributed.init_process_group("nccl" if cuda else "gloo")
+        if rank():
+            sys.stdout = io.StringIO()  # the first process speaks for all
+
+
+def rank():
+    """Return the number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size():
+    """Return the number of processes."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@functools.cache
+def patient_group():
+    """Return all processes as a group in which they wait, for preparing may take hours."""
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def from_first(function, *given):
+    """Return what a function of the first process returns, to all processes."""
+    values = [function(*given) if rank() == 0 else None]
+    if world_size() > 1:
+        distributed.broadcast_object_list(values, group=patient_group())
+    return values[0]
 
 
 # ---------------------------------------------------------------------------------------- training
+
+
+def seed_of(*parts):
+    """Return a seed of 32 bits that follows from the parts alone, on every machine."""
+    return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
 
 
 def centre(image, image_size):
@@ -796,15 +579,16 @@ def centre(image, image_size):
 class Paintings(Dataset):
     """Small copies as pixels: `paintings[index, epoch]` is (pixels (S, S, 3) uint8, label).
 
-    From epoch 1 on it is a random crop of 0.35 to 1 of the area, flipped or not, which follows
-    from (seed, epoch, painting) alone; in epoch 0 the centre, as evaluation sees it.
+    labels: {path: label}; places: {path: path on disk}. With a seed it is a random crop of 0.35 to
+    1 of the area, flipped or not, which follows from (seed, epoch, painting) alone; without, the
+    centre, as evaluation sees it.
     """
 
-    def __init__(self, small_dir, paths, labels, image_size, seed=0):
+    def __init__(self, small_dir, labels, places, image_size, seed=None):
         self.small_dir, self.image_size, self.seed = str(small_dir), image_size, seed
         # in one array each: lists of 81,446 objects would grow in every worker
-        self.paths = np.array([os.fsencode(small_name(path)) for path in paths])
-        self.labels = np.array(labels, dtype=np.int64)
+        self.paths = np.array([small_name(places[path]) for path in labels])
+        self.labels = np.array(list(labels.values()))
         crop = v2.RandomResizedCrop(image_size, scale=(0.35, 1))
         self.vary = v2.Compose([crop, v2.RandomHorizontalFlip()])
 
@@ -813,15 +597,15 @@ class Paintings(Dataset):
 
     def __getitem__(self, key):
         index, epoch = key
-        path = os.fsdecode(self.paths[index])
+        path = str(self.paths[index])
         file = os.path.join(self.small_dir, path)
         try:
             with Image.open(file) as image:
                 image.load()
         except OSError as error:
-            raise OSError(f"cannot read the small copy {file} ({error}): delete it if it is there, "
-                          "and it is made again") from error
-        if epoch == 0:
+            raise OSError(f"cannot read the small copy {printable(file)} ({error}): delete it if "
+                          "it is there, and it is made again") from error
+        if self.seed is None:
             image = centre(image, self.image_size)
         else:
             with torch.random.fork_rng(devices=[]):
@@ -830,96 +614,71 @@ class Paintings(Dataset):
         return torch.from_numpy(np.array(image)), self.labels[index]
 
 
-class Batches(list):
-    """The batches of the next pass over `Paintings`, as lists of its keys (index, epoch).
+class Batches:
+    """Batches of nearly equal size, as lists of the keys (index, epoch) of `Paintings`.
 
-    Each process has its share of every batch; `sizes` are those of the whole batches.
+    With a seed, the order follows from (seed, epoch); without, it is that of the paintings. Each
+    process has its share of every batch; `sizes` are those of the whole batches.
     """
 
-    def __init__(self, batch_size, seed=0):
-        super().__init__()
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, count, batch_size, seed=None):
+        self.order, self.seed, self.epoch = np.arange(count), seed, 0
+        steps = math.ceil(count / batch_size)
+        self.sizes = [len(batch) for batch in np.array_split(self.order, steps)]
+        if self.sizes[-1] < world_size():
+            raise ValueError(f"{world_size()} processes cannot share batches of {self.sizes[-1]} "
+                             "paintings: raise BATCH_SIZE, or start fewer")
 
-    def shuffle(self, indices, epoch):
-        """Make the next pass one of training, in the order that follows from (seed, epoch)."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-        order = torch.randperm(len(indices), generator=generator).tolist()
-        self.keep_order([indices[place] for place in order], epoch)
+    def __len__(self):
+        return len(self.sizes)
 
-    def keep_order(self, indices, epoch=0):
-        """Make the next pass take the indices as they come, in batches of nearly equal size."""
-        steps = math.ceil(len(indices) / self.batch_size)
-        cuts = [len(indices) * step // steps for step in range(steps + 1)]
-        self.sizes, (rank, count) = np.diff(cuts).tolist(), processes()
-        if min(self.sizes) < count:
-            raise ValueError(f"{count} processes cannot share {min(self.sizes)} paintings: raise "
-                             "BATCH_SIZE, or start fewer")
-        self[:] = [[(index, epoch) for index in indices[start + rank : end : count]]
-                   for start, end in zip(cuts, cuts[1:])]
+    def __iter__(self):
+        order = self.order
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
+        for batch in np.array_split(order, len(self)):
+            yield [(index, self.epoch) for index in batch[rank()::world_size()].tolist()]
 
 
-def begin_worker(_):
-    """Prepare a worker: Ctrl-C, which a terminal sends to it too, is for the main process.
-
-    Raises OSError where no socket can be made, as on a full disk: batches go through sockets, and
-    the main process would wait for them for ever.
-    """
+def ignore_ctrl_c(_):
+    """Leave Ctrl-C, which a terminal sends to the workers too, to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None  # after Ctrl-C, a batch that nobody takes is no news
-    Listener().close()  # a socket, made and given up
 
 
-def make_loader(paintings, batches, workers, device):
-    """Return a loader of (pixels (B, S, S, 3) uint8, labels (B)), one for all passes of a run.
-
-    It raises what its workers raise, with their tracebacks in the message.
-    """
+def make_loader(paintings, batch_size, workers, device):
+    """Return a loader of (pixels (B, S, S, 3) uint8, labels (B)), in random order with a seed."""
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine's processes
     return DataLoader(
         paintings,
-        batch_sampler=batches,
+        batch_sampler=Batches(len(paintings), batch_size, paintings.seed),
         num_workers=workers if workers >= 0 else min(max(share, 1), 16),
         pin_memory=device.type == "cuda",
         persistent_workers=workers != 0,
-        worker_init_fn=begin_worker,
-        generator=torch.Generator(),  # not the common one, which dropout draws from
+        worker_init_fn=ignore_ctrl_c,
     )
 
 
-def keep_freed_memory():
-    """Let a training step take the memory that the last one freed, instead of asking the system.
-
-    On Linux, where the C library is glibc: 14.5 to 18.2 paintings/s in training on two cores.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def choose_device():
-    """Return CUDA, MPS or the CPU, the first that is there, and its type for mixed precision.
-
-    The type is None where mixed precision gains nothing, as on CPUs without bf16 instructions.
-    """
+def move_to_fastest(model):
+    """Move a model to CUDA, MPS or the CPU, the first there is, and to the precision that pays."""
+    device = torch.device("cpu")
     if torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True
         device = torch.device("cuda", torch.cuda.current_device())
+        torch.backends.cudnn.benchmark = True
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return device, torch.bfloat16 if bf16 else torch.float16
-    if torch.backends.mps.is_available() and processes()[1] == 1:  # gloo knows no MPS
-        return torch.device("mps"), None
-    keep_freed_memory()
-    instructions = torch.cpu.get_capabilities()
-    bf16 = any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.device("cpu"), torch.bfloat16 if bf16 else None
-
-
-def to_device(model, device, precision=None):
-    """Move a model to the device, in the precision and memory format that are fastest there."""
-    model.precision = precision
-    fastest = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    return model.to(device, memory_format=fastest)
+        model.precision = torch.bfloat16 if bf16 else torch.float16
+    elif torch.backends.mps.is_available() and world_size() == 1:  # gloo knows no MPS
+        device = torch.device("mps")
+    else:
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+            # Keep freed memory for the next step: 2.9 to 4.1 paintings/s in training, two cores.
+            mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
+            mallopt(m_mmap_max, 0)
+            mallopt(m_trim_threshold, 2**31 - 1)
+        instructions = torch.cpu.get_capabilities()
+        if any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+            model.precision = torch.bfloat16
+    model.to(device, memory_format=torch.channels_last)
+    return device
 
 
 def to_images(pixels, device):
@@ -928,19 +687,15 @@ def to_images(pixels, device):
 
 
 def make_optimizer(model, learning_rate, backbone_rate, weight_decay):
-    """Return AdamW with a rate of its own for the ResNet, and no decay of norms and biases.
-
-    Each group's "peak" is the rate that the schedule scales.
-    """
+    """Return AdamW with a rate of its own for the ResNet, and no decay of norms and biases."""
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
         groups[name.startswith("features."), parameter.ndim > 1].append(parameter)
-    return torch.optim.AdamW(
-        [{"params": parameters,
-          "peak": learning_rate * (backbone_rate if backbone else 1),
-          "weight_decay": weight_decay if matrix else 0.0}
-         for (backbone, matrix), parameters in groups.items()],
-        fused=True)
+    return torch.optim.AdamW([
+        {"params": parameters,
+         "peak": learning_rate * (backbone_rate if backbone else 1),  # which `rate_at` scales
+         "weight_decay": weight_decay if matrix else 0.0}
+        for (backbone, matrix), parameters in groups.items()])
 
 
 def rate_at(progress, epochs, frozen_epochs, warmup_epochs):
@@ -954,102 +709,152 @@ def rate_at(progress, epochs, frozen_epochs, warmup_epochs):
     return warm * (1 + math.cos(math.pi * progress / epochs)) / 2
 
 
-def in_bursts(loader):
-    """Yield the batches of a loader, taken one of each worker at a time.
-
-    Where the workers share the model's cores, they then load side by side, each beside one of the
-    threads that wait for one another: 88 to 93 paintings/s in evaluation (batch 16, two cores).
-    """
-    batches = iter(loader)
-    while burst := list(itertools.islice(batches, max(1, loader.num_workers))):
-        yield from burst
-
-
 def progress_bar(loader, title):
     """Return a bar that counts the paintings of a pass, those of other processes too."""
-    count = sum(loader.batch_sampler.sizes)
-    disable = True if processes()[0] else None  # None: where the output is no terminal
-    return tqdm(desc=title, total=count, unit=" paintings", disable=disable, leave=False)
+    return tqdm(desc=title, total=len(loader.dataset), unit=" paintings", leave=False,
+                disable=True if rank() else None)  # None: where the output is no terminal
 
 
-def check_finite(losses, shares, scaler, title):
-    """Raise ValueError if a batch's loss is NaN, or fp16 skips every step for its gradient."""
-    wrong = [batch for batch, loss in enumerate(losses) if math.isnan(loss)]
-    if not wrong and scaler.is_enabled() and scaler.get_scale() < 1:
-        wrong = [len(losses) - 1]
-    if wrong:
-        raise ValueError(f"{title}, batch {wrong[0] + 1}, at {shares[wrong[0]]:.3f} of the peak "
-                         "learning rate: the loss or its gradient is not finite; nothing of this "
-                         "epoch is kept; try a smaller LEARNING_RATE")
-
-
-def train_epoch(model, loader, optimizer, scaler, shares, title):
-    """Train on every batch of the loader once; return the mean loss of a painting.
-
-    shares: for each batch, the learning rate as a share of its peak.
-
-    Raises ValueError if a loss or a gradient is not finite.
-    """
-    device, sizes = next(model.parameters()).device, loader.batch_sampler.sizes
-    count = processes()[1]
-    parallel = DistributedDataParallel(model) if count > 1 else model
-    losses = torch.zeros(len(loader), device=device)
+def train_epoch(model, loader, optimizer, scaler, rates, title):
+    """Train on each batch once, at its share of the peak rates; return a painting's mean loss."""
+    device, count = next(model.parameters()).device, world_size()
+    total, done = torch.zeros((), device=device), 0  # of the losses, of all paintings
     with progress_bar(loader, title) as bar:
-        steps = zip(in_bursts(loader), shares, sizes)
-        for batch, ((pixels, labels), share, size) in enumerate(steps, 1):
+        steps = zip(loader, loader.batch_sampler.sizes, rates)
+        for step, ((pixels, labels), size, rate) in enumerate(steps, 1):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
-            images = to_images(pixels, device)
+                group["lr"] = group["peak"] * rate
+            logits = model(to_images(pixels, device))
             labels = labels.to(device, non_blocking=labels.is_pinned())
             # Gradients are averaged over the processes. Weighted so, their average is that of the
-            # whole batch, also where the processes' parts of it differ in size.
-            loss = nn.functional.cross_entropy(parallel(images), labels)
-            loss = loss * (len(labels) * count / size)
+            # whole batch, also where the processes' shares of it differ in size.
+            loss = nn.functional.cross_entropy(logits, labels) * len(labels) * count / size
+            optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad()
-            # A bad step is noted as NaN on the device, and read later. Where the scaler is on, a
-            # gradient may overflow: it skips that step and lowers its scale.
-            finite = loss.isfinite() & (norm.isfinite() | scaler.is_enabled())
-            losses[batch - 1] = torch.where(finite, loss.detach(), torch.nan)
-            if batch % READ_EVERY == 0 or batch == len(loader):
-                read = losses[:batch].tolist()  # waits for the device
-                check_finite(read, shares, scaler, title)
-                bar.set_postfix(loss=f"{read[-1]:.3f}", refresh=False)
+            total += loss.detach() * size / count
+            done += size
+            if step % READ_EVERY == 0 or step == len(rates):
+                mean = total.item() * count / done  # waits for the device
+                if not math.isfinite(mean) or scaler.get_scale() < 1:  # fp16 skips every step
+                    raise ValueError(
+                        f"{title}, batch {step}, at {rate:.3f} of the peak learning rate: the loss "
+                        "or its gradient is not finite; nothing of this epoch is kept; try a "
+                        "smaller LEARNING_RATE")
+                bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
             bar.update(size)
     if count > 1:  # the batch norms of the first process are those that are saved
+        distributed.all_reduce(total)
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
-    total = sum(loss * size / count for loss, size in zip(read, sizes))
-    return sum(gather(total)) / sum(sizes)
+    return total.item() / done
 
 
 @torch.inference_mode()
 def evaluate(model, loader, title):
-    """Return logits (N, classes) and labels (N), on the CPU, of a pass, in the order of indices.
-
-    Raises ValueError if a logit is not finite.
-    """
-    device, logits, truth = next(model.parameters()).device, [], []
+    """Return the logits (N, classes) of all paintings of a loader, on the CPU, in their order."""
+    device, logits = next(model.parameters()).device, []
     model.eval()
     with progress_bar(loader, title) as bar:
-        for (pixels, labels), size in zip(in_bursts(loader), loader.batch_sampler.sizes):
+        for (pixels, _), size in zip(loader, loader.batch_sampler.sizes):
             logits.append(model(to_images(pixels, device)))
-            truth.append(labels)
             bar.update(size)
-    indices = torch.tensor([index for batch in loader.batch_sampler for index, _ in batch])
-    parts = zip(*gather((indices, torch.cat(logits).cpu(), torch.cat(truth))))
-    indices, logits, truth = map(torch.cat, parts)
+    logits = torch.cat(logits).cpu()
+    if world_size() > 1:  # bring the shares of all processes into the order of the paintings
+        indices = [index for batch in loader.batch_sampler for index, _ in batch]
+        shares = [None] * world_size()
+        distributed.all_gather_object(shares, (indices, logits), patient_group())
+        indices, logits = zip(*shares)
+        logits = torch.cat(logits)[np.argsort(np.concatenate(indices))]
     if not logits.isfinite().all():
         raise ValueError(f"{title}: the model's outputs are not finite")
-    order = indices.argsort()
-    return logits[order], truth[order]
+    return logits
+
+
+def train(run, model, split, places, settings):
+    """Train from where the run stands to the last epoch, saving each before the next begins."""
+    epochs, history = settings.epochs, run["history"]
+    pretrained = settings.weights != "none"
+    frozen_epochs = settings.frozen_epochs if pretrained else 0
+    backbone_rate = settings.backbone_rate if pretrained else 1
+    device = move_to_fastest(model)
+    optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=model.precision is torch.float16)
+    if history:
+        print(f"going on after epoch {len(history)}")
+        optimizer.load_state_dict(run.pop("optimizer"))
+        if state := run.pop("scaler"):  # empty where the earlier device went without
+            scaler.load_state_dict(state)
+    loader, validation_loader = (
+        make_loader(Paintings(settings.small_dir, split[part], places, settings.image_size, seed),
+                    settings.batch_size, settings.workers, device)
+        for part, seed in (("train", settings.seed), ("validation", None)))
+    validation_labels = torch.tensor(list(split["validation"].values()))
+    print(f"device {device}, {model.precision or torch.float32}, "
+          f"loader processes {loader.num_workers}")
+    for epoch in range(len(history) + 1, epochs + 1):
+        title, begun = f"epoch {epoch}/{epochs}", time.perf_counter()
+        torch.manual_seed(seed_of(settings.seed, epoch) + rank())  # of dropout
+        loader.batch_sampler.epoch = epoch
+        rates = [rate_at(epoch - 1 + (step + 0.5) / len(loader), epochs, frozen_epochs,
+                         settings.warmup_epochs) for step in range(len(loader))]
+        model.start_training(frozen=epoch <= frozen_epochs)
+        parallel = DistributedDataParallel(model) if world_size() > 1 else model
+        loss = train_epoch(parallel, loader, optimizer, scaler, rates, title)
+        speed = len(split["train"]) / (time.perf_counter() - begun)
+        logits = evaluate(model, validation_loader, f"{title} validation")
+        accuracy = (logits.argmax(1) == validation_labels).double().mean().item()
+        validation_loss = nn.functional.cross_entropy(logits, validation_labels).item()
+        seconds = time.perf_counter() - begun
+        history.append({"epoch": epoch, "training_loss": loss, "validation_loss": validation_loss,
+                        "validation_accuracy": accuracy, "paintings_per_second": speed,
+                        "learning_rate": settings.learning_rate * rates[-1], "seconds": seconds})
+        from_first(save_epoch, run, model, optimizer, scaler, settings.output_dir)
+        print(f"{title}: training loss {loss:.3f}, validation loss {validation_loss:.3f}, "
+              f"validation accuracy {100 * accuracy:.2f} %, {speed:,.1f} paintings/s, "
+              f"{seconds:.0f} s")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
+# A checkpoint is the run: a dictionary with its settings, classes, split and history, and weights.
+
+
+def find_run(output_dir, settings):
+    """Return the run to go on with, which must have these settings, or None."""
+    last, best = output_dir / "model_last.pth", output_dir / "model_best.pth"
+    file = last if last.exists() else best
+    if not file.exists():
+        return None
+    run = load_checkpoint(file)
+    wrong = [f"{name}: then {run['settings'].get(name)}, now {value}"
+             for name, value in settings.items()
+             if name != "EPOCHS" and run["settings"].get(name) != value]
+    if file == best and not wrong:
+        if len(run["history"]) == 1:
+            return None  # killed between the two files of the first epoch, which is repeated
+        wrong = ["model_last.pth, which going on takes, is not there"]
+    if wrong:
+        raise ValueError(f"{file} is of another run ({'; '.join(wrong)}): undo that, use another "
+                         "OUTPUT_DIR, or move model_last.pth and model_best.pth away")
+    return run
+
+
+def load_checkpoint(path):
+    """Load a checkpoint of `save_epoch`."""
+    run = load_tensors(path)
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise ValueError(f"{path} is refused: this version of train_model.py did not write it; "
+                         "test it with the version that did, or move it away and train again")
+    return run
+
+
+def write_checkpoint(path, checkpoint):
+    """Write a checkpoint, whole or not at all."""
+    torch.save(checkpoint, content := io.BytesIO())
+    write_whole(path, content.getbuffer())
 
 
 def write_table(path, columns, rows):
@@ -1061,126 +866,18 @@ def write_table(path, columns, rows):
     write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
-def load_checkpoint(path):
-    """Load a checkpoint of `save_run`. Raises what `load_tensors` raises, ValueError for others."""
-    checkpoint = load_tensors(path)
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise ValueError(f"{path} is refused: train_model.py did not write it")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is refused: its format is {checkpoint['format']}, and this "
-                         f"version reads format {CHECKPOINT_FORMAT}")
-    needed = RESUMED if path.name == "model_last.pth" else TESTED
-    if wrong := [name for name, kind in needed.items()
-                 if not isinstance(checkpoint.get(name), kind)]:
-        raise ValueError(f"{path} is refused: it lacks {', '.join(wrong)}, or has another form")
-    if (set(checkpoint["test"].values()) - set(range(len(checkpoint["class_names"])))
-            or len(checkpoint["history"]) != checkpoint["epoch"]):
-        raise ValueError(f"{path} is refused: its labels and classes, or epochs and history, do "
-                         "not fit together")
-    return checkpoint
-
-
-def kept_settings(settings):
-    """Return the settings that stay the same through a run, by their names."""
-    return {name: getattr(settings, name.lower()) for name in SETTINGS if name not in CHANGEABLE}
-
-
-def checkpoint_of(run, model):
-    """Return what testing takes, on this machine or another, as plain values and tensors."""
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "settings": run["settings"],
-        "class_names": run["class_names"],
-        "epoch": len(run["history"]),
-        "validation_accuracy": run["history"][-1]["validation_accuracy"],
-        "history": run["history"],
-        "sizes": {part: len(paintings) for part, paintings in run["split"].items()},
-        "test": run["split"]["test"],
-        "split_from": run["split_from"],
-        "artists": run["artists"],
-        "versions": run["versions"],
-        "model": model.state_dict(),
-    }
-
-
-def note_saved(run, settings):
-    """Set what Ctrl-C or an error adds to its message: which epoch is saved, and how to go on."""
-    if not run["history"]:
-        settings.saved = "no epoch is saved yet; the same command starts again"
-        return
-    settings.saved = (f"epoch {len(run['history'])} of {settings.epochs} is saved in "
-                      f"{shown(settings.output_dir / 'model_last.pth')}; the same command"
-                      f"{' without --fresh' * settings.fresh} goes on from there")
-
-
-def save_results(run, model, settings):
-    """Write model_best.pth if the last epoch is the best, history.csv and class_names.txt.
-
-    All of it follows from model_last.pth, so a run killed between the files can be mended.
-    """
-    note_saved(run, settings)
-    folder, accuracies = settings.output_dir, [row["validation_accuracy"] for row in run["history"]]
-    if accuracies[-1] > max(accuracies[:-1], default=-1):
-        state = checkpoint_of(run, model)
-        write_whole(folder / "model_best.pth", lambda file: torch.save(state, file))
-    write_table(folder / "history.csv", run["history"][0], run["history"])
-    names = "".join(f"{shown(name)}\n" for name in run["class_names"])
-    write_whole(folder / "class_names.txt", names.encode("utf-8"))
-
-
-def save_run(run, model, optimizer, scaler, settings):
-    """Write model_last.pth, which holds all that going on takes, then the other files of a run."""
-    state = checkpoint_of(run, model) | {
-        "split": run["split"], "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    write_whole(settings.output_dir / "model_last.pth", lambda file: torch.save(state, file))
-    save_results(run, model, settings)
-
-
-def find_earlier_run(settings, class_names):
-    """Return the checkpoint to go on from, or None. Raises ValueError if it is of another run."""
-    last, best = settings.output_dir / "model_last.pth", settings.output_dir / "model_best.pth"
-    if settings.fresh or not settings.epochs or not (last.exists() or best.exists()):
-        return None
-    if not last.exists():
-        raise ValueError(f"{best} is there without model_last.pth, which going on takes; --fresh "
-                         "moves it aside and starts a new run")
-    run = load_checkpoint(last)
-
-    def facts(kept, names):
-        return kept | {f"class {number}": name for number, name in enumerate(names)}
-
-    then = facts(run["settings"], run["class_names"])
-    now = facts(kept_settings(settings), class_names)
-    wrong = [f"{name}: then {then.get(name)}, now {now.get(name)}" for name in then | now
-             if name not in CHANGEABLE and then.get(name) != now.get(name)]
-    if wrong:
-        wrong[3:] = ["..."] * (len(wrong) > 3)
-        raise ValueError(f"{last} is of another run ({'; '.join(wrong)}): undo that, give the new "
-                         "run an OUTPUT_DIR of its own, or move the earlier one aside by --fresh")
-    return run
-
-
-def restore(run, optimizer, scaler):
-    """Move the states of the optimizer and the scaler out of a checkpoint, from any device."""
-    optimizer.load_state_dict(run.pop("optimizer"))
-    for parameter, moments in optimizer.state.items():  # a Mac's are in another memory format,
-        for name in ("exp_avg", "exp_avg_sq"):  # which a CPU's fused AdamW would misread
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
-    if state := run.pop("scaler"):  # empty where the earlier device went without
-        scaler.load_state_dict(state)
-
-
-def move_aside(folder):
-    """Move the files of an earlier run into previous-1, or the first such folder that is free."""
-    files = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if any(file.suffix == ".pth" for file in files):  # class_names.txt alone is no run
-        number = 1
-        while (aside := folder / f"previous-{number}").exists():
-            number += 1
-        aside.mkdir()
-        for file in files:
-            file.rename(aside / file.name)
-        print(f"the earlier run is now in {shown(aside)}")
+def save_epoch(run, model, optimizer, scaler, output_dir):
+    """Write the files of a run after an epoch."""
+    history = run["history"]
+    write_table(output_dir / "history.csv", history[0], history)
+    names = "".join(f"{printable(name)}\n" for name in run["class_names"])
+    write_whole(output_dir / "class_names.txt", names.encode("utf-8"))
+    best = run | {"model": model.state_dict()}
+    last = best | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    *earlier, accuracy = (row["validation_accuracy"] for row in history)
+    if accuracy > max(earlier, default=-1):
+        write_checkpoint(output_dir / "model_best.pth", best)
+    write_checkpoint(output_dir / "model_last.pth", last)  # a kill before this repeats the epoch
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -1193,206 +890,143 @@ def make_parser(description, settings, *scripts):
     parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
     for name, value in settings.items():
         parser.add_argument("--" + name.lower().replace("_", "-"), metavar="VALUE",
-                            type=literal if name in NUMBERS else str, default=argparse.SUPPRESS,
+                            type=type(value), default=value,
                             help=f"{notes.get(name)} [{value}]".replace("%", "%%"))
     return parser
 
 
-def literal(text):
-    """Return the number that a text spells, or else the text, which `check_setting` refuses."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def check_setting(name, value):
-    """Return a setting's value, a folder as Path. Raises ValueError if it is of no use."""
-    if name in NUMBERS:
-        kind, least, most = NUMBERS[name]
-        if type(value) not in (int, kind) or not least <= value <= most:
-            raise ValueError(f"{name} must be a {'whole ' * (kind is int)}number from {least:,} to "
-                             f"{most:,}, not {value!r}")
-        return value
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be text, not {value!r}")
-    return Path(os.path.expanduser(value)) if name.endswith("_DIR") else value
-
-
-def explain(error, options):
-    """Return what a user can do about an error, in one line, or None where it is a bug."""
-    message = str(error).strip()
-    if isinstance(error, (ValueError, OSError)):
-        return re.sub(r"(?s)^Caught .*\n(\w+: )?", "", message)  # without a worker's traceback
-    first_line = message.partition("\n")[0]
-    if re.search("out of memory|ALLOC_FAILED|can't allocate", message):
-        smaller = max(1, options.batch_size // 2)
-        return f"{first_line}: try a smaller BATCH_SIZE, such as --batch-size {smaller}"
-    if processes()[1] > 1 and re.search("(?i)gloo|nccl", first_line):
-        return f"another process stopped; its own message says why ({first_line})"
-    if re.search("DataLoader worker .pid|shared memory|Too many open files", message):
-        return f"{first_line}: try --workers 0, which loads without worker processes"
-    return None
-
-
-def run_script(work, parser, settings, argv):
-    """Run `work` on the settings, given as constants or flags; return the exit code."""
-    options = parser.parse_args(argv)
-    options.saved = ""  # what a run that is stopped now leaves behind
-    for stream in (sys.stdout, sys.stderr):  # names of files may be beyond the terminal's letters
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    try:
-        join_processes()
-        if processes()[0]:
-            sys.stdout = io.StringIO()  # the first process speaks for all
-        for name, constant in settings.items():
-            value = getattr(options, name.lower(), constant)  # the flag, where it is given
-            setattr(options, name.lower(), check_setting(name, value))
-        check_alike(sorted((name, str(value)) for name, value in vars(options).items()
-                           if name.upper() not in LOCAL))
-        work(options)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-        return 0
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would disturb the end
-        if processes()[0] == 0:
-            kept = options.saved or "nothing is lost; run the same command again"
-            print("stopped:", kept, file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        message = explain(error, options)
-        if message is None:
-            raise
-        print(f"error: {shown(message)}{options.saved and f' ({options.saved})'}", file=sys.stderr)
-        return 1
+def check_settings(settings):
+    """Refuse settings that are of no use; make the folders absolute paths, None without lists."""
+    ranges = {"epochs": (0, 10**6), "batch_size": (1, 10**6), "image_size": (64, 280),
+              "min_paintings": (1, 10**9), "frozen_epochs": (0, 10**6), "workers": (-1, 1024),
+              "seed": (0, 2**32), "outliers_per_class": (1, 10**9), "learning_rate": (1e-9, 10.0),
+              "backbone_rate": (0.0, 10.0), "warmup_epochs": (0.0, 1e6),
+              "weight_decay": (0.0, 10.0), "dropout": (0.0, 0.99)}
+    for name, value in vars(settings).items():
+        if name in ranges:
+            (least, most), kind = ranges[name], type(ranges[name][0])
+            if type(value) not in (int, kind) or not least <= value <= most:
+                raise ValueError(f"{name.upper()} must be a {'whole ' * (kind is int)}number from "
+                                 f"{least:,} to {most:,}, not {value!r}")
+        elif name.endswith("_dir"):
+            missing = value == "wikiart_csv" and not os.path.exists(value)
+            path = Path(os.path.abspath(os.path.expanduser(value)))
+            setattr(settings, name, None if missing or value == "none" else path)
+        elif name == "group_by" and (
+                value not in ("painting", "artist") or value == settings.attribute):
+            raise ValueError("GROUP_BY must be painting, or, where that is not the ATTRIBUTE, "
+                             f"artist, and not {value!r}")
 
 
 def check_folders(data_dir, small_dir, output_dir):
-    """Raise ValueError if the folders overlap, OSError if nothing can be written into them."""
-    small, originals, output = small_dir.resolve(), data_dir.resolve(), output_dir.resolve()
-    if small.is_relative_to(originals) or originals.is_relative_to(small):
-        raise ValueError(f"SMALL_DIR ({small}) and DATA_DIR ({originals}) must be two folders, "
-                         "neither inside the other")
-    if output.is_relative_to(originals) or output.is_relative_to(small):
-        raise ValueError(f"OUTPUT_DIR ({output}) must be outside of DATA_DIR and SMALL_DIR")
+    """Refuse folders that lie in one another, or cannot be written into."""
+    for inner, outer in ((small_dir, data_dir), (data_dir, small_dir),
+                         (output_dir, data_dir), (output_dir, small_dir)):
+        if inner.resolve().is_relative_to(outer.resolve()):
+            raise ValueError(f"{inner} lies in {outer}: DATA_DIR, SMALL_DIR and OUTPUT_DIR must be "
+                             "folders apart")
     for folder in (small_dir, output_dir):
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        there = next(path for path in (folder, *folder.parents) if path.exists())
         try:
             tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             raise OSError(f"cannot write into {folder}: {error.strerror}") from error
 
 
-def fit(model, run, split, places, settings):
-    """Train from where the run stands to the last epoch, saving each before the next begins."""
-    epochs, history, train_count = settings.epochs, run["history"], len(split["train"])
-    device, precision = choose_device()
-    pretrained = settings.weights != "none"
-    frozen_epochs = settings.frozen_epochs if pretrained else 0
-    backbone_rate = settings.backbone_rate if pretrained else 1
-    to_device(model, device, precision)
-    optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-
-    paintings = split["train"] | split["validation"]
-    pixels = Paintings(settings.small_dir, [places[path] for path in paintings],
-                       list(paintings.values()), settings.image_size, settings.seed)
-    batches = Batches(settings.batch_size, settings.seed)
-    loader = make_loader(pixels, batches, settings.workers, device)
-    if history:
-        restore(run, optimizer, scaler)
-        by_the_first(save_results, run, model, settings)  # mends a run killed between its files
-        print(f"going on after epoch {len(history)}" if len(history) < epochs else
-              f"all {len(history)} epochs are trained; a larger EPOCHS trains further")
-    # of the epochs from here on: what was mended above keeps those that it was trained with
-    run["settings"] = {"EPOCHS": epochs} | kept_settings(settings)
-    run["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
-    print(f"device {device}, {precision or torch.float32}, loader processes {loader.num_workers}")
-    for epoch in range(len(history) + 1, epochs + 1):
-        note_saved(run, settings)
-        title, begun = f"epoch {epoch}/{epochs}", time.perf_counter()
-        torch.manual_seed(seed_of(settings.seed, epoch) + processes()[0])  # of dropout
-        model.start_training(frozen=epoch <= frozen_epochs)
-        batches.shuffle(range(train_count), epoch)
-        progress = [epoch - 1 + (step + 0.5) / len(batches) for step in range(len(batches))]
-        shares = [rate_at(now, epochs, frozen_epochs, settings.warmup_epochs) for now in progress]
-        loss = train_epoch(model, loader, optimizer, scaler, shares, title)
-        speed = train_count / (time.perf_counter() - begun)
-        batches.keep_order(range(train_count, len(paintings)))
-        logits, labels = evaluate(fold_norms(model), loader, f"{title} validation")
-        accuracy = (logits.argmax(1) == labels).double().mean().item()
-        history.append({
-            "epoch": epoch,
-            "training_loss": loss,
-            "validation_loss": nn.functional.cross_entropy(logits, labels).item(),
-            "validation_accuracy": accuracy,
-            "learning_rate": settings.learning_rate * shares[-1],
-            "paintings_per_second": speed,
-            "seconds": time.perf_counter() - begun,
-        })
-        by_the_first(save_run, run, model, optimizer, scaler, settings)
-        print(f"{title}: training loss {loss:.3f}, validation loss "
-              f"{history[-1]['validation_loss']:.3f}, validation accuracy {100 * accuracy:.2f} %, "
-              f"{speed:,.1f} paintings/s, {history[-1]['seconds']:.0f} s")
+def explain(error, batch_size):
+    """Return what a user can do about an error, in one line, or None where it is a bug."""
+    words = str(error).strip() or type(error).__name__
+    if isinstance(error, (ValueError, OSError)):
+        return re.sub(r"(?s)^Caught .*\n(\w+: )?", "", words)  # without a worker's traceback
+    advice = {"out of memory|MemoryError|ALLOC_FAILED|can't alloc":
+              f"try a smaller BATCH_SIZE, such as --batch-size {max(1, batch_size // 2)}",
+              "DataLoader worker": "try --workers 0, which loads without worker processes",
+              "(?i)gloo|nccl": "another process stopped; its own message says why"}
+    hints = [hint for pattern, hint in advice.items() if re.search(pattern, words)]
+    return f"{words.splitlines()[0]}: {hints[0]}" if hints else None
 
 
-def train(settings):
-    """Find, label, prepare and split the paintings, then train.
+def run_script(work, settings):
+    """Run `work` on the first process's settings; return the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may be beyond the terminal's letters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        join_processes()
+        settings = from_first(lambda: settings)
+        check_settings(settings)
+        work(settings)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        return 0
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would disturb the end
+        code, line = 130, "stopped: the same command goes on after the last epoch that ended"
+    except Exception as error:
+        reason = explain(error, settings.batch_size)
+        code, line = 1, f"error: {printable(reason)}" if reason else traceback.format_exc()
+    print(line, file=sys.stderr)
+    if distributed.is_initialized():  # what the others do no longer matters
+        os._exit(code)
+    return code
 
-    What can be wrong without decoding a picture is checked before anything is written.
+
+def set_up(settings):
+    """Find, label, split and prepare the paintings, and load the weights to start from.
+
+    All that can be wrong without decoding a picture is checked before the first write. Returns the
+    run, its model, {part: {path: label}} of what can be used, and {path: path on disk}.
     """
     data_dir, small_dir, output_dir = settings.data_dir, settings.small_dir, settings.output_dir
-    if settings.group_by not in ("painting", "artist"):
-        raise ValueError(f"GROUP_BY must be painting or artist, not {settings.group_by!r}")
-    if settings.group_by == settings.attribute == "artist":
-        raise ValueError("GROUP_BY artist keeps artists apart, so they cannot be the ATTRIBUTE")
     found = find_paintings(data_dir)
     check_folders(data_dir, small_dir, output_dir)
-    class_names, labels, places, tested = label_paintings(
-        found, settings.attribute, settings.lists_dir, settings.min_paintings)
-    if settings.group_by == "artist":
-        tested = None  # in ArtGAN's lists, most artists are in both parts
-    run = find_earlier_run(settings, class_names)
-    kept = run["split"] if run else None
-    if run:
-        labels, places = find_again(kept, found, places)
-    split = split_paintings(labels, tested, settings.group_by, settings.seed, kept)
-    if settings.epochs:
-        torch.manual_seed(settings.seed)
-        model = ArtClassifier(len(class_names), settings.dropout)
-        if run:
-            load_state(model, run.pop("model"), output_dir / "model_last.pth")
-            note_saved(run, settings)
-        else:
-            load_resnet(model, settings.weights)
+    lasting = {name: getattr(settings, name.lower()) for name in SETTINGS
+               if name != "WORKERS" and not name.endswith("_DIR")}
+    run = find_run(output_dir, lasting) if settings.epochs else None
+    if run is None:
+        class_names, labels, test_list = (
+            read_lists(settings.lists_dir, settings.attribute) if settings.lists_dir
+            else read_names(found, settings.attribute, settings.min_paintings))
+        split, source = split_paintings(labels, test_list, settings.group_by, settings.seed)
+        run = {"format": FORMAT, "class_names": class_names, "split": split,
+               "split_source": source, "history": []}
+    paths = [path for part in PARTS for path in run["split"][part]]
+    places = locate(paths, found)
+    report([path for path in paths if path not in places], "paintings of the run not on disk")
+    report(sorted(found.keys() - set(places.values())), "paintings that are not of the run")
+    if not places:
+        raise ValueError(f"{len(paths):,} paintings are listed, and none of them is in {data_dir}, "
+                         f"where the first is {min(found)}: do they belong together?")
+    keep_usable(run["split"], places, bad={})
+    torch.manual_seed(settings.seed)
+    model = ArtClassifier(len(run["class_names"]), settings.dropout)
+    if run["history"]:
+        load_weights(model, run.pop("model"), output_dir / "model_last.pth")
+    elif settings.epochs and settings.weights != "none":
+        load_resnet(model.features.resnet, settings.weights)
+    bad = prepare_copies(found, data_dir, small_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{printable(path)}\t{reason}\n" for path, reason in bad.items())
+    write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
+    split = keep_usable(run["split"], places, bad)
+    report_split(split, run["class_names"])
+    run["settings"] = lasting
+    run["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    return run, model, split, places
 
-    bad = by_the_first(prepare, found, data_dir, small_dir)
-    by_the_first(write_bad_files, bad, output_dir)
-    gone = list_pictures(small_dir).keys() - set(map(small_name, found))
-    report(sorted(gone), "small copies whose painting is gone")
-    if bad:
-        labels = {path: label for path, label in labels.items() if places[path] not in bad}
-        split = split_paintings(labels, tested, settings.group_by, settings.seed, kept)
-    report_split(split, class_names)
-    if not run:
-        source = f"drawn by {settings.group_by}" if tested is None else "that of the lists"
-        run = {"class_names": class_names, "history": [], "split": split, "split_from": source,
-               "artists": commonest_classes(split)}
-    check_alike(split, run["history"])
-    if settings.epochs:
-        if settings.fresh:
-            by_the_first(move_aside, output_dir)
-        fit(model, run, split, places, settings)
+
+def learn(settings):
+    """Set up a run, or take up an earlier one, and train it."""
+    run, model, split, places = from_first(set_up, settings)
+    if len(run["history"]) < settings.epochs:
+        train(run, model, split, places, settings)
+    elif settings.epochs:
+        print(f"all {len(run['history'])} epochs are trained; a larger EPOCHS trains further")
 
 
 def main(argv=None):
     """Run the script with the flags in `argv`, by default the command line's."""
-    parser = make_parser(__doc__, SETTINGS, __file__)
-    parser.add_argument("--fresh", action="store_true",
-                        help="start a new run; the files of the earlier one go into previous-1")
-    return run_script(train, parser, SETTINGS, argv)
+    return run_script(learn, make_parser(__doc__, SETTINGS, __file__).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main():
         paint_artgan(originals)
     folders = ["--data-dir", originals, "--small-dir", folder / "wikiart_small",
                "--output-dir", folder]
-    quick = ["--lists-dir", folder / "no_lists", "--weights", "none", "--image-size", "96",
+    quick = ["--lists-dir", "none", "--weights", "none", "--image-size", "96",
              "--batch-size", "16", "--epochs", "8"]
     for command in (["train_model.py", *folders, *quick], ["test_model.py", *folders]):
         print("\n$ python", *command, flush=True)
