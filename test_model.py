@@ -364,15 +364,17 @@ tested and {len(split["test"]) - tested:,} are missing or cannot be read. This p
 
 
 def find_own_pictures(names):
-    """Return the pictures that the command names, with those in the folders that it names."""
-    files = []
+    """Return the pictures that the command names, and those in folders that it names."""
+    files, others = [], []
     for name in names:
         if not name:
             raise ValueError("the command names an empty path")
-        inside = sorted(path for path in Path(name).rglob("*")
-                        if train_model.is_picture(path.name) and path.is_file()
+        inside = sorted(path for path in Path(name).rglob("*") if not path.is_dir()
                         and "/." not in f"/{path.relative_to(name).as_posix()}")
-        files += inside or [Path(name)]
+        pictures = [path for path in inside if train_model.is_picture(path.name)]
+        files += pictures or [Path(name)]
+        others += [path for path in inside if not train_model.is_picture(path.name)]
+    train_model.report(others, "no pictures by their endings, passed over")
     return files
 
 

@@ -16,13 +16,18 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import functools
 import hashlib
 import io
 import math
+import multiprocessing
 import os
 import re
+import secrets
+import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -38,7 +43,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -88,6 +94,8 @@ MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
 CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each direction
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
 CLIP_NORM = 1.0  # largest norm of the gradient
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what they begin with in a spreadsheet
+TIFF_BITS, TIFF_ZERO = 258, 262  # tags: bits of a pixel; whether zero is black
 READ_EVERY = 20  # batches; reading the loss more often would hold up the device
 FORMAT = 2  # of the checkpoints
 
@@ -107,26 +115,52 @@ def report(items, what):
 
 
 def is_picture(name):
-    """Return whether a file's name is a picture's: not hidden, with a picture's ending."""
-    return not name.startswith(".") and name.lower().endswith(ENDINGS)
+    """Return whether a file's name has the ending of a picture."""
+    return name.lower().endswith(ENDINGS)
+
+
+def reason_of(error, path):
+    """Return why a picture or folder cannot be used; raise OSError where the system is to blame.
+
+    Its errors have a number, Pillow's have none; a few numbers are of the one file alone.
+    """
+    of_one = (None, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) not in of_one:
+        reason = getattr(error, "strerror", None) or "not enough memory"
+        raise OSError(f"cannot read {path}: {reason}") from error
+    return printable(error) or type(error).__name__
+
+
+def stamp_of(path):
+    """Return size and modification time of a file, as bytes; None where it is no regular file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return reason_of(error, path) and None
+    regular = stat.S_ISREG(status.st_mode)
+    return b"original: %d bytes, %d ns" % (status.st_size, status.st_mtime_ns) if regular else None
 
 
 def find_paintings(data_dir):
-    """Return {"Style/name.jpg": stamp} of the originals, sorted.
+    """Return {"Style/name.jpg": stamp} of the originals, sorted; report what is passed over."""
+    def note(error):
+        passed_over.append(reason_of(error, error.filename))
 
-    A stamp, bytes, tells size and modification time; it is None for what is no regular file.
-    """
-    found = {}
-    for folder in os.scandir(data_dir) if data_dir.is_dir() else ():
-        if folder.is_dir() and not folder.name.startswith("."):
-            for entry in os.scandir(folder):
-                if is_picture(entry.name):
-                    status = entry.stat() if entry.is_file() else None
-                    found[f"{folder.name}/{entry.name}"] = status and (
-                        b"original: %d bytes, %d ns" % (status.st_size, status.st_mtime_ns))
+    found, passed_over, depth = {}, [], len(data_dir.parts)
+    for folder, inner, names in os.walk(data_dir, onerror=note, followlinks=True):
+        place = Path(folder).parts[depth:]  # (), (style,), or (style, a folder inside)
+        inner[:] = [name for name in inner if name[0] != "." and len(place) < 2]
+        paths = ["/".join((*place, name)) for name in names if name[0] != "."]
+        pictures = list(filter(is_picture, paths)) if len(place) == 1 else []
+        found |= {path: stamp_of(data_dir / path) for path in pictures}
+        passed_over += set(paths) - set(pictures)
+        if len(place) == 1 and not pictures:
+            passed_over.append(f"{place[0]}/")
+    report(sorted(passed_over), "passed over, being no picture right in a style's folder")
     if not found:
-        raise ValueError(f"there is no picture in a folder of {data_dir}: unzip ArtGAN's WikiArt "
-                         f"({ARTGAN}) so that {data_dir / 'Cubism'} and so on are there, or tell "
+        deeper = [f", but {path} is there" for path in passed_over if is_picture(path)][:1]
+        raise ValueError(f"there is no picture in a folder of {data_dir}{''.join(deeper)}: unzip "
+                         f"ArtGAN's WikiArt ({ARTGAN}) so that its folders are there, or tell "
                          "where they are by --data-dir; python tests/demo.py goes without")
     print(f"{len(found):,} paintings in {printable(data_dir)}")
     return dict(sorted(found.items()))
@@ -143,7 +177,11 @@ def to_rgb(image, size):
     if image.mode in ("I", "F"):
         raise ValueError("its pixels are numbers of no known range")
     if image.mode.startswith("I;16"):  # grey, which convert() would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        wide, tags = np.asarray(image), getattr(image, "tag_v2", {})
+        grey = (wide >> (tags.get(TIFF_BITS, (16,))[0] - 8)).astype(np.uint8)
+        grey = 255 - grey if tags.get(TIFF_ZERO) == 0 else grey  # 0 says that zero is white
+        grey[wide == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(grey)
     mode = "RGBA" if image.has_transparency_data else "RGB"
     image = image if image.mode == mode else image.convert(mode)
     image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
@@ -152,17 +190,63 @@ def to_rgb(image, size):
     return image
 
 
+def without_extras(content):
+    """Return a PNG without texts and profiles, for whose size or faults Pillow would refuse it."""
+    pieces, start = [content[:8]], 8
+    while not pieces[-1].endswith(b"IEND\xaeB`\x82"):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        kind, check = content[start + 4 : start + 8], content[end - 4 : end]
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf", b""):
+            pieces.append(content[start:end])
+            if zlib.crc32(pieces[-1][4:-4]) != int.from_bytes(check, "big") or not kind:
+                raise ValueError("is damaged or cut off")
+        start = end
+    return b"".join(pieces)
+
+
+def describe(content):
+    """Return what a file is that Pillow does not know."""
+    for pattern, words in (
+        (b"....ftypavi", "is an AVIF picture, which is not read here: save it as JPEG"),
+        (b"....ftyp(he|mif|msf)", "is a HEIC picture, which is not read here: save it as JPEG"),
+        (rb"\s*https?://", "is an address, and not the picture there"),
+        (rb"\s*$", "is empty"),
+        (rb"[\t-\r -~]{9}", "is text"),
+    ):
+        if re.match(pattern, content, re.DOTALL):
+            return words
+    return "is no picture of a known format, or damaged"
+
+
+def is_drafted(content):
+    """Return whether a JPEG is shrunk while it is read, and not kept whole in memory first.
+
+    Progressive ones are not, nor those with a scan for each component.
+    """
+    jpeg = JpegImageFile(io.BytesIO(content))  # which has read the first scan's header now
+    scan = content[jpeg.fp.tell() - 4 - 2 * jpeg.layers]
+    return "progressive" not in jpeg.info and scan == jpeg.layers
+
+
 def decode(path, short_side):
     """Return a picture, upright, as RGB whose short side is at most `short_side` pixels."""
     Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is for JPEGs too, which draft() shrinks
-    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-        width, height = image.size
-        baseline = image.format in ("JPEG", "MPO") and "progressive" not in image.info
-        if width * height > MAX_PIXELS and not baseline:
-            raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
-        image.draft(image.mode, shrink(image.size, short_side))
+    with open(path, "rb") as file:
+        content = file.read()
+    content = without_extras(content) if content.startswith(b"\x89PNG") else content
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(describe(content)) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS and not (
+            image.format in ("JPEG", "MPO") and is_drafted(content)):
+        raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
+    image.draft(image.mode, shrink(image.size, short_side))
+    image.load()
+    with contextlib.suppress(Exception):  # odd metadata spoil no picture: it is turned before
         ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image, shrink(image.size, short_side))
+    return to_rgb(image, shrink(image.size, short_side))
 
 
 def encode_small(path, stamp=b""):
@@ -187,8 +271,7 @@ def small_name(path):
 
 def write_whole(path, content):
     """Write bytes into a file, whole or not at all: first beside its place, then into it."""
-    name = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
-    temporary = path.with_name(f".{name}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -199,6 +282,27 @@ def write_whole(path, content):
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder, taken, wait=False):
+    """Hold the lock of a folder, where its disk has locks, and clear away what a kill left there.
+
+    Where another process holds it, wait, or raise ValueError: `taken` says what it does there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "wb") as file:
+        with contextlib.suppress(OSError, AttributeError):  # of such a disk; there is no fcntl
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if not wait:
+                    raise ValueError(taken) from error
+                print(taken)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            for left in folder.glob(("*/" if wait else "") + f".{'?' * 16}.tmp"):
+                left.unlink()
+        yield
 
 
 def cores():
@@ -221,15 +325,17 @@ def prepare_copies(found, data_dir, small_dir):
                 raise ValueError("the name is too long for a small copy")
             jpeg = encode_small(data_dir / path, found[path])
         except Exception as error:  # of nearly any kind, from Pillow
-            return printable(error) or type(error).__name__
+            return reason_of(error, data_dir / path)
         (small_dir / path).parent.mkdir(exist_ok=True)
         write_whole(small_dir / small_name(path), jpeg)
         return None
 
-    small_dir.mkdir(parents=True, exist_ok=True)
-    with open(small_dir / ".lock", "wb") as lock, ThreadPool(cores()) as pool:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # wait until no other process prepares the folder
+    taken = f"waiting for another process, which prepares {printable(small_dir)}"
+    with locked(small_dir, taken, wait=True), ThreadPool(cores()) as pool:
+        names = {small_name(path).casefold() for path in found}
+        if len(names) < len(found) and (small_dir / ".LOCK").exists():
+            raise ValueError(f"{small_dir} does not tell names apart that differ only in case, and "
+                             f"{data_dir} has such: choose a SMALL_DIR on another disk")
         outdated = [path for path, stamp in found.items()
                     if not stamp or not is_stamped(small_dir / small_name(path), stamp)]
         bar = tqdm(pool.imap(make_copy, outdated), "small copies", len(outdated), disable=None)
@@ -289,9 +395,10 @@ def read_lists(lists_dir, attribute):
              for path in folder.glob("*") if path.stem in wanted]
     files.sort(key=lambda path: wanted.index(path.stem))
     if [path.stem for path in files] != wanted:
-        there = ", ".join(sorted(path.name for path in lists_dir.glob("*"))[:9]) or "nothing"
+        there = sorted(str(path.relative_to(lists_dir)) for path in lists_dir.rglob("*"))
         raise ValueError(f"{lists_dir} must hold {', '.join(wanted)} (.txt, .csv) once each, and "
-                         f"has {there}: see {ARTGAN}, or go without by --lists-dir none")
+                         f"has {', '.join(there[:9]) or 'nothing'}: see {ARTGAN}, or go without by "
+                         "--lists-dir none")
     class_file, test_file, train_file = files
     names = {int(label): name for label, name in read_rows(
         class_file, r"([0-9]+)\s+(.+)", "7 Cubism")}
@@ -648,13 +755,15 @@ def ignore_ctrl_c(_):
 def make_loader(paintings, batch_size, workers, device):
     """Return a loader of (pixels (B, S, S, 3) uint8, labels (B)), in random order with a seed."""
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine's processes
+    most = 16 if multiprocessing.get_start_method() == "fork" else 3  # others take much memory
     return DataLoader(
         paintings,
         batch_sampler=Batches(len(paintings), batch_size, paintings.seed),
-        num_workers=workers if workers >= 0 else min(max(share, 1), 16),
+        num_workers=workers if workers >= 0 else min(max(share, 1), most),
         pin_memory=device.type == "cuda",
         persistent_workers=workers != 0,
         worker_init_fn=ignore_ctrl_c,
+        generator=torch.Generator(),  # not the common one, which dropout draws from
     )
 
 
@@ -663,7 +772,7 @@ def move_to_fastest(model):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         model.precision = torch.bfloat16 if bf16 else torch.float16
     elif torch.backends.mps.is_available() and world_size() == 1:  # gloo knows no MPS
@@ -674,6 +783,9 @@ def move_to_fastest(model):
             mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
             mallopt(m_mmap_max, 0)
             mallopt(m_trim_threshold, 2**31 - 1)
+        if shutil.which("nvidia-smi"):
+            print(f"an NVIDIA GPU seems to be here, but torch {torch.__version__} or the driver "
+                  "cannot use it, and the CPU is slow: see README.md, Windows and GPUs")
         instructions = torch.cpu.get_capabilities()
         if any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
             model.precision = torch.bfloat16
@@ -802,7 +914,10 @@ def train(run, model, split, places, settings):
         rates = [rate_at(epoch - 1 + (step + 0.5) / len(loader), epochs, frozen_epochs,
                          settings.warmup_epochs) for step in range(len(loader))]
         model.start_training(frozen=epoch <= frozen_epochs)
-        parallel = DistributedDataParallel(model) if world_size() > 1 else model
+        parallel = model
+        if world_size() > 1:
+            parallel = DistributedDataParallel(model)
+            parallel.broadcast_buffers = False  # `train_epoch` does it once
         loss = train_epoch(parallel, loader, optimizer, scaler, rates, title)
         speed = len(split["train"]) / (time.perf_counter() - begun)
         logits = evaluate(model, validation_loader, f"{title} validation")
@@ -860,9 +975,12 @@ def write_checkpoint(path, checkpoint):
 def write_table(path, columns, rows):
     """Write these columns of rows, dictionaries, as CSV in UTF-8 with a header."""
     text = io.StringIO()
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    for row in rows:
+        cells = [row[name] for name in columns]  # a ' keeps spreadsheets from taking formulas
+        table.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in FORMULAS else cell
+                        for cell in cells])
     write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
@@ -935,13 +1053,19 @@ def check_folders(data_dir, small_dir, output_dir):
 
 def explain(error, batch_size):
     """Return what a user can do about an error, in one line, or None where it is a bug."""
-    words = str(error).strip() or type(error).__name__
+    words = re.sub(r"(?s)^Caught .*\n(\w+: )?", "", str(error).strip())  # a worker's traceback
     if isinstance(error, (ValueError, OSError)):
-        return re.sub(r"(?s)^Caught .*\n(\w+: )?", "", words)  # without a worker's traceback
-    advice = {"out of memory|MemoryError|ALLOC_FAILED|can't alloc":
-              f"try a smaller BATCH_SIZE, such as --batch-size {max(1, batch_size // 2)}",
-              "DataLoader worker": "try --workers 0, which loads without worker processes",
-              "(?i)gloo|nccl": "another process stopped; its own message says why"}
+        return words
+    advice = {
+        "out of memory|ALLOC_FAILED|can't alloc":
+            f"try a smaller BATCH_SIZE, such as --batch-size {max(1, batch_size // 2)}",
+        "no kernel image": "this torch is not built for a GPU of this age: see README.md, Windows "
+            "and GPUs",
+        "shared memory|No space left|DataLoader worker|Too many open files":
+            "give Docker --shm-size=2g, or use fewer loaders, such as --workers 0",
+        "(?i)gloo|nccl": "another process stopped; its own message says why"}
+    if isinstance(error, MemoryError):
+        words = "out of memory"
     hints = [hint for pattern, hint in advice.items() if re.search(pattern, words)]
     return f"{words.splitlines()[0]}: {hints[0]}" if hints else None
 
@@ -971,11 +1095,12 @@ def run_script(work, settings):
     return code
 
 
-def set_up(settings):
+def set_up(settings, held):
     """Find, label, split and prepare the paintings, and load the weights to start from.
 
-    All that can be wrong without decoding a picture is checked before the first write. Returns the
-    run, its model, {part: {path: label}} of what can be used, and {path: path on disk}.
+    All that can be wrong without decoding a picture is checked before the first write; `held` is a
+    stack that holds the lock of OUTPUT_DIR from then on. Returns the run, its model, {part: {path:
+    label}} of what can be used, and {path: path on disk}.
     """
     data_dir, small_dir, output_dir = settings.data_dir, settings.small_dir, settings.output_dir
     found = find_paintings(data_dir)
@@ -1004,8 +1129,9 @@ def set_up(settings):
         load_weights(model, run.pop("model"), output_dir / "model_last.pth")
     elif settings.epochs and settings.weights != "none":
         load_resnet(model.features.resnet, settings.weights)
+    held.enter_context(locked(output_dir, f"another training writes into {output_dir}: wait for "
+                              "it, or give this one an OUTPUT_DIR of its own"))
     bad = prepare_copies(found, data_dir, small_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     lines = "".join(f"{printable(path)}\t{reason}\n" for path, reason in bad.items())
     write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
     split = keep_usable(run["split"], places, bad)
@@ -1017,11 +1143,12 @@ def set_up(settings):
 
 def learn(settings):
     """Set up a run, or take up an earlier one, and train it."""
-    run, model, split, places = from_first(set_up, settings)
-    if len(run["history"]) < settings.epochs:
-        train(run, model, split, places, settings)
-    elif settings.epochs:
-        print(f"all {len(run['history'])} epochs are trained; a larger EPOCHS trains further")
+    with contextlib.ExitStack() as held:
+        run, model, split, places = from_first(set_up, settings, held)
+        if len(run["history"]) < settings.epochs:
+            train(run, model, split, places, settings)
+        elif settings.epochs:
+            print(f"all {len(run['history'])} epochs are trained; a larger EPOCHS trains further")
 
 
 def main(argv=None):

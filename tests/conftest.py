@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 QUICK = ["--weights", "none", "--image-size", "64", "--batch-size", "8", "--workers", "0"]
 # What a script in a process of its own begins with, to have the network of `make_tiny`.
-TINY = "import sys, train_model as tm, test_model\nfrom tests.conftest import make_tiny; make_tiny()\n"
+TINY = ("import sys, train_model as tm, test_model\n"
+        "from tests.conftest import make_tiny; make_tiny()\n")
 
 
 def make_tiny():
