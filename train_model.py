@@ -67,13 +67,14 @@ LISTS_DIR = "wikiart_csv"  # ArtGAN's lists, used when they are there; "none" go
 SMALL_DIR = "wikiart_small"  # the small copies, and nothing else
 OUTPUT_DIR = "."  # checkpoints, and all else that training and testing write
 GROUP_BY = "painting"  # "artist" keeps all paintings of an artist in one part of the split
-MIN_PAINTINGS = 100  # fewest paintings of an artist that make a class, where there are no lists
+MIN_PAINTINGS = 30  # fewest paintings of an artist that make a class, where there are no lists
 WEIGHTS = "imagenet"  # where the ResNet starts: "imagenet" (a 98 MB download), "none", or a file
 BATCH_SIZE = 64  # paintings per step, of all processes; a smaller number needs less memory
-IMAGE_SIZE = 224  # height and width of what the model sees, in pixels, 64 to 280
+IMAGE_SIZE = 224  # height and width of what the model sees, in pixels, 64 to 512
 LEARNING_RATE = 1e-3  # peak rate of the LSTM and the linear layer
 BACKBONE_RATE = 0.1  # the ResNet's rate as a share of that, where it starts pretrained
 FROZEN_EPOCHS = 1  # epochs at the start that leave a pretrained ResNet as it is
+BATCH_NORMS = "fixed"  # keep a pretrained ResNet's statistics; "trained" takes those of batches
 WARMUP_EPOCHS = 0.5  # linear warm-up at the start, and again where the ResNet thaws, in epochs
 WEIGHT_DECAY = 0.05  # of AdamW, on matrices and convolutions
 DROPOUT = 0.3  # share of the LSTM's averaged outputs that training zeroes
@@ -89,8 +90,8 @@ ARTGAN = "https://github.com/cs-chan/ArtGAN, folder 'WikiArt Dataset'"
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
 MAX_PIXELS = 40_000_000  # of a picture, at up to 16 bytes a pixel; baseline JPEGs may be larger
-SMALL_SIDE = 320  # short side of a small copy in pixels
 MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
+SAMPLE = 100  # small copies after which the space for all of them is foreseen
 CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each direction
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
 CLIP_NORM = 1.0  # largest norm of the gradient
@@ -249,10 +250,15 @@ def decode(path, short_side):
     return to_rgb(image, shrink(image.size, short_side))
 
 
-def encode_small(path, stamp=b""):
+def copies_folder(small_dir, image_size):
+    """Return where the small copies for an image size are: 224 pixels need a short side of 320."""
+    return small_dir / str(math.ceil(image_size * 10 / 7))
+
+
+def encode_small(path, short_side, stamp=b""):
     """Return the small copy of a picture as JPEG, with a stamp in place of its own comments."""
     jpeg = io.BytesIO()
-    decode(path, SMALL_SIDE).save(jpeg, "JPEG", quality=90, comment=stamp)
+    decode(path, short_side).save(jpeg, "JPEG", quality=90, comment=stamp)
     return jpeg.getvalue()
 
 
@@ -310,11 +316,22 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def prepare_copies(found, data_dir, small_dir):
+def check_space(copies, left):
+    """Say how much space the copies that are left will take, after these; refuse too much."""
+    size = left * (sum(map(os.path.getsize, copies)) / len(copies) + 2048)  # in blocks of 4096
+    free = shutil.disk_usage(copies[0].parent).free
+    words = f"the small copies still take about {size / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
+    print(words)
+    if size > free:
+        raise OSError(f"{words}: choose a SMALL_DIR on another disk, or a smaller IMAGE_SIZE")
+
+
+def prepare_copies(found, data_dir, folder):
     """Bring the small copies of the found paintings up to date; return {path: reason} of the bad.
 
-    A copy is stamped with the size and time of its original: a changed one is copied anew. Threads
-    do the work, since Pillow frees the interpreter while it decodes, resizes and encodes.
+    folder: that of `copies_folder`. A copy is stamped with the size and time of its original: a
+    changed one is copied anew. Threads do the work, since Pillow frees the interpreter while it
+    decodes, resizes and encodes.
     """
     def make_copy(path):
         """Write the small copy of a painting; return None, or the reason why it is bad."""
@@ -323,30 +340,39 @@ def prepare_copies(found, data_dir, small_dir):
                 raise ValueError("no regular file")
             if len(os.fsencode(os.path.basename(small_name(path)))) > 255:
                 raise ValueError("the name is too long for a small copy")
-            jpeg = encode_small(data_dir / path, found[path])
+            jpeg = encode_small(data_dir / path, int(folder.name), found[path])
         except Exception as error:  # of nearly any kind, from Pillow
             return reason_of(error, data_dir / path)
-        (small_dir / path).parent.mkdir(exist_ok=True)
-        write_whole(small_dir / small_name(path), jpeg)
+        (folder / path).parent.mkdir(exist_ok=True)
+        write_whole(folder / small_name(path), jpeg)
         return None
 
-    taken = f"waiting for another process, which prepares {printable(small_dir)}"
-    with locked(small_dir, taken, wait=True), ThreadPool(cores()) as pool:
+    taken = f"waiting for another process, which prepares {printable(folder)}"
+    with locked(folder, taken, wait=True), ThreadPool(cores()) as pool:
         names = {small_name(path).casefold() for path in found}
-        if len(names) < len(found) and (small_dir / ".LOCK").exists():
-            raise ValueError(f"{small_dir} does not tell names apart that differ only in case, and "
+        if len(names) < len(found) and (folder / ".LOCK").exists():
+            raise ValueError(f"{folder} does not tell names apart that differ only in case, and "
                              f"{data_dir} has such: choose a SMALL_DIR on another disk")
         outdated = [path for path, stamp in found.items()
-                    if not stamp or not is_stamped(small_dir / small_name(path), stamp)]
+                    if not stamp or not is_stamped(folder / small_name(path), stamp)]
+        step = len(outdated) // SAMPLE + 1  # so that the first ones are a sample of all
+        outdated = [path for start in range(step) for path in outdated[start::step]]
         bar = tqdm(pool.imap(make_copy, outdated), "small copies", len(outdated), disable=None)
+        bad, copies = {}, []
         try:
-            bad = {path: reason for path, reason in zip(outdated, bar) if reason}
+            for path, reason in zip(outdated, bar):
+                if reason:
+                    bad[path] = reason
+                    continue
+                copies.append(folder / small_name(path))
+                if len(copies) == SAMPLE:
+                    check_space(copies, len(outdated) - SAMPLE)
         finally:  # after an error or Ctrl-C too, wait for the copies that are being written
             pool.terminate()
             pool.join()
-    print(f"small copies: {len(outdated) - len(bad):,} written, "
-          f"{len(found) - len(outdated):,} were there already")
-    report([f"{path} ({reason})" for path, reason in bad.items()], "pictures that cannot be used")
+    print(f"small copies: {len(copies):,} written, {len(found) - len(outdated):,} were there "
+          "already")
+    report([f"{path} ({bad[path]})" for path in sorted(bad)], "pictures that cannot be used")
     return bad
 
 
@@ -579,10 +605,10 @@ class ArtClassifier(nn.Module):
         outputs, _ = self.lstm(rows)  # (B, rows, 512), rows read downwards and upwards
         return self.linear(self.dropout(outputs.mean(1)))  # (B, classes)
 
-    def start_training(self, frozen):
-        """Set training mode; a frozen ResNet keeps weights and batch statistics."""
+    def start_training(self, frozen, fixed_norms=False):
+        """Set training mode; a frozen ResNet keeps its weights, fixed norms their statistics."""
         self.train()
-        self.features.train(not frozen)
+        self.features.train(not (frozen or fixed_norms))
         self.features.requires_grad_(not frozen)
 
 
@@ -677,10 +703,10 @@ def seed_of(*parts):
     return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
 
 
-def centre(image, image_size):
-    """Return the central square, 7/8 of the short side, as image_size x image_size pixels."""
-    size = (image_size, image_size)
-    return ImageOps.fit(image, size, Image.Resampling.BILINEAR, bleed=MARGIN)
+def square(image, image_size, place=0.5):
+    """Return a square of 7/8 of the short side, at a place in 0..1 along the long side, resized."""
+    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR, MARGIN,
+                        (place, place))
 
 
 class Paintings(Dataset):
@@ -688,11 +714,11 @@ class Paintings(Dataset):
 
     labels: {path: label}; places: {path: path on disk}. With a seed it is a random crop of 0.35 to
     1 of the area, flipped or not, which follows from (seed, epoch, painting) alone; without, the
-    centre, as evaluation sees it.
+    `square` at `view`, by default the centre.
     """
 
-    def __init__(self, small_dir, labels, places, image_size, seed=None):
-        self.small_dir, self.image_size, self.seed = str(small_dir), image_size, seed
+    def __init__(self, folder, labels, places, image_size, seed=None, view=0.5):
+        self.folder, self.image_size, self.seed, self.view = str(folder), image_size, seed, view
         # in one array each: lists of 81,446 objects would grow in every worker
         self.paths = np.array([small_name(places[path]) for path in labels])
         self.labels = np.array(list(labels.values()))
@@ -705,7 +731,7 @@ class Paintings(Dataset):
     def __getitem__(self, key):
         index, epoch = key
         path = str(self.paths[index])
-        file = os.path.join(self.small_dir, path)
+        file = os.path.join(self.folder, path)
         try:
             with Image.open(file) as image:
                 image.load()
@@ -713,7 +739,7 @@ class Paintings(Dataset):
             raise OSError(f"cannot read the small copy {printable(file)} ({error}): delete it if "
                           "it is there, and it is made again") from error
         if self.seed is None:
-            image = centre(image, self.image_size)
+            image = square(image, self.image_size, self.view)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, path))
@@ -892,6 +918,7 @@ def train(run, model, split, places, settings):
     pretrained = settings.weights != "none"
     frozen_epochs = settings.frozen_epochs if pretrained else 0
     backbone_rate = settings.backbone_rate if pretrained else 1
+    fixed_norms = pretrained and settings.batch_norms == "fixed"
     device = move_to_fastest(model)
     optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision is torch.float16)
@@ -901,7 +928,8 @@ def train(run, model, split, places, settings):
         if state := run.pop("scaler"):  # empty where the earlier device went without
             scaler.load_state_dict(state)
     loader, validation_loader = (
-        make_loader(Paintings(settings.small_dir, split[part], places, settings.image_size, seed),
+        make_loader(Paintings(copies_folder(settings.small_dir, settings.image_size), split[part],
+                              places, settings.image_size, seed),
                     settings.batch_size, settings.workers, device)
         for part, seed in (("train", settings.seed), ("validation", None)))
     validation_labels = torch.tensor(list(split["validation"].values()))
@@ -913,7 +941,7 @@ def train(run, model, split, places, settings):
         loader.batch_sampler.epoch = epoch
         rates = [rate_at(epoch - 1 + (step + 0.5) / len(loader), epochs, frozen_epochs,
                          settings.warmup_epochs) for step in range(len(loader))]
-        model.start_training(frozen=epoch <= frozen_epochs)
+        model.start_training(frozen=epoch <= frozen_epochs, fixed_norms=fixed_norms)
         parallel = model
         if world_size() > 1:
             parallel = DistributedDataParallel(model)
@@ -1015,11 +1043,13 @@ def make_parser(description, settings, *scripts):
 
 def check_settings(settings):
     """Refuse settings that are of no use; make the folders absolute paths, None without lists."""
-    ranges = {"epochs": (0, 10**6), "batch_size": (1, 10**6), "image_size": (64, 280),
+    ranges = {"epochs": (0, 10**6), "batch_size": (1, 10**6), "image_size": (64, 512),
               "min_paintings": (1, 10**9), "frozen_epochs": (0, 10**6), "workers": (-1, 1024),
               "seed": (0, 2**32), "outliers_per_class": (1, 10**9), "learning_rate": (1e-9, 10.0),
               "backbone_rate": (0.0, 10.0), "warmup_epochs": (0.0, 1e6),
               "weight_decay": (0.0, 10.0), "dropout": (0.0, 0.99)}
+    choices = {"group_by": ("painting", "artist"), "batch_norms": ("fixed", "trained"),
+               "views": (1, 3)}
     for name, value in vars(settings).items():
         if name in ranges:
             (least, most), kind = ranges[name], type(ranges[name][0])
@@ -1030,10 +1060,10 @@ def check_settings(settings):
             missing = value == "wikiart_csv" and not os.path.exists(value)
             path = Path(os.path.abspath(os.path.expanduser(value)))
             setattr(settings, name, None if missing or value == "none" else path)
-        elif name == "group_by" and (
-                value not in ("painting", "artist") or value == settings.attribute):
-            raise ValueError("GROUP_BY must be painting, or, where that is not the ATTRIBUTE, "
-                             f"artist, and not {value!r}")
+        elif value not in choices.get(name, (value,)):
+            raise ValueError(f"{name.upper()} must be {' or '.join(choices[name])}, not {value!r}")
+    if "group_by" in settings and settings.group_by == settings.attribute:
+        raise ValueError("GROUP_BY artist keeps artists apart, so they cannot be the ATTRIBUTE")
 
 
 def check_folders(data_dir, small_dir, output_dir):
@@ -1131,8 +1161,8 @@ def set_up(settings, held):
         load_resnet(model.features.resnet, settings.weights)
     held.enter_context(locked(output_dir, f"another training writes into {output_dir}: wait for "
                               "it, or give this one an OUTPUT_DIR of its own"))
-    bad = prepare_copies(found, data_dir, small_dir)
-    lines = "".join(f"{printable(path)}\t{reason}\n" for path, reason in bad.items())
+    bad = prepare_copies(found, data_dir, copies_folder(small_dir, settings.image_size))
+    lines = "".join(f"{printable(path)}\t{bad[path]}\n" for path in sorted(bad))
     write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
     split = keep_usable(run["split"], places, bad)
     report_split(split, run["class_names"])
