@@ -8,8 +8,8 @@ Writes  small copies into SMALL_DIR; into OUTPUT_DIR bad_files.txt (pictures tha
         with reasons) and, after each epoch, history.csv, class_names.txt, model_best.pth (highest
         validation accuracy so far, for test_model.py) and model_last.pth (to go on from).
 
-The file follows the data: paintings, labels, split, model, training, checkpoints; `set_up` and
-`train` call them in that order.
+The file follows the data: paintings, labels, split, model, training, checkpoints; `learn`, at the
+end, calls `set_up`, `prepare` and `train`.
 """
 
 import argparse
@@ -91,7 +91,6 @@ ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
 MAX_PIXELS = 40_000_000  # of a picture, at up to 16 bytes a pixel; baseline JPEGs may be larger
 MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
-SAMPLE = 100  # small copies after which the space for all of them is foreseen
 CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each direction
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
 CLIP_NORM = 1.0  # largest norm of the gradient
@@ -193,15 +192,14 @@ def to_rgb(image, size):
 
 def without_extras(content):
     """Return a PNG without texts and profiles, for whose size or faults Pillow would refuse it."""
-    pieces, start = [content[:8]], 8
-    while not pieces[-1].endswith(b"IEND\xaeB`\x82"):
+    pieces, start, kind = [content[:8]], 8, b""
+    while kind != b"IEND":
         end = start + 12 + int.from_bytes(content[start : start + 4], "big")
-        kind, check = content[start + 4 : start + 8], content[end - 4 : end]
+        piece, kind, start = content[start:end], content[start + 4 : start + 8], end
         if kind[:1].isupper() or kind in (b"tRNS", b"eXIf", b""):
-            pieces.append(content[start:end])
-            if zlib.crc32(pieces[-1][4:-4]) != int.from_bytes(check, "big") or not kind:
+            pieces.append(piece)
+            if not piece or zlib.crc32(piece[4:-4]) != int.from_bytes(piece[-4:], "big"):
                 raise ValueError("is damaged or cut off")
-        start = end
     return b"".join(pieces)
 
 
@@ -213,20 +211,17 @@ def describe(content):
         (rb"\s*https?://", "is an address, and not the picture there"),
         (rb"\s*$", "is empty"),
         (rb"[\t-\r -~]{9}", "is text"),
+        (b"", "is no picture of a known format, or damaged"),
     ):
         if re.match(pattern, content, re.DOTALL):
             return words
-    return "is no picture of a known format, or damaged"
 
 
 def is_drafted(content):
-    """Return whether a JPEG is shrunk while it is read, and not kept whole in memory first.
-
-    Progressive ones are not, nor those with a scan for each component.
-    """
+    """Return whether a JPEG is shrunk while it is read: by one scan, of all components."""
     jpeg = JpegImageFile(io.BytesIO(content))  # which has read the first scan's header now
-    scan = content[jpeg.fp.tell() - 4 - 2 * jpeg.layers]
-    return "progressive" not in jpeg.info and scan == jpeg.layers
+    components = content[jpeg.fp.tell() - 4 - 2 * jpeg.layers]
+    return "progressive" not in jpeg.info and components == jpeg.layers
 
 
 def decode(path, short_side):
@@ -292,9 +287,9 @@ def write_whole(path, content):
 
 @contextlib.contextmanager
 def locked(folder, taken, wait=False):
-    """Hold the lock of a folder, where its disk has locks, and clear away what a kill left there.
+    """Hold the lock of a folder, if its disk has any, and clear away what a kill left there.
 
-    Where another process holds it, wait, or raise ValueError: `taken` says what it does there.
+    Where another process has it, raise ValueError with `taken`, what it does there, or wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
@@ -355,7 +350,7 @@ def prepare_copies(found, data_dir, folder):
                              f"{data_dir} has such: choose a SMALL_DIR on another disk")
         outdated = [path for path, stamp in found.items()
                     if not stamp or not is_stamped(folder / small_name(path), stamp)]
-        step = len(outdated) // SAMPLE + 1  # so that the first ones are a sample of all
+        step = len(outdated) // 100 + 1  # so that the first ones are a sample of all
         outdated = [path for start in range(step) for path in outdated[start::step]]
         bar = tqdm(pool.imap(make_copy, outdated), "small copies", len(outdated), disable=None)
         bad, copies = {}, []
@@ -365,8 +360,8 @@ def prepare_copies(found, data_dir, folder):
                     bad[path] = reason
                     continue
                 copies.append(folder / small_name(path))
-                if len(copies) == SAMPLE:
-                    check_space(copies, len(outdated) - SAMPLE)
+                if len(copies) == 100:
+                    check_space(copies, len(outdated) - 100)
         finally:  # after an error or Ctrl-C too, wait for the copies that are being written
             pool.terminate()
             pool.join()
@@ -555,9 +550,6 @@ def report_split(split, class_names):
     """Print the sizes of a split, and what is odd about it."""
     sizes = ", ".join(f"{len(split[part]):,} {part}" for part in PARTS)
     print(f"split: {sizes} paintings in {len(class_names)} classes")
-    learned = {file_name(path) for path in split["train"] | split["validation"]}
-    report([path for path in split["test"] if file_name(path) in learned],
-           "test paintings with the file name of one to learn from")
     used = set().union(*(split[part].values() for part in PARTS))
     report([name for label, name in enumerate(class_names) if label not in used],
            "classes without a painting")
@@ -942,10 +934,8 @@ def train(run, model, split, places, settings):
         rates = [rate_at(epoch - 1 + (step + 0.5) / len(loader), epochs, frozen_epochs,
                          settings.warmup_epochs) for step in range(len(loader))]
         model.start_training(frozen=epoch <= frozen_epochs, fixed_norms=fixed_norms)
-        parallel = model
-        if world_size() > 1:
-            parallel = DistributedDataParallel(model)
-            parallel.broadcast_buffers = False  # `train_epoch` does it once
+        parallel = DistributedDataParallel(model) if world_size() > 1 else model
+        parallel.broadcast_buffers = False  # `train_epoch` does it once
         loss = train_epoch(parallel, loader, optimizer, scaler, rates, title)
         speed = len(split["train"]) / (time.perf_counter() - begun)
         logits = evaluate(model, validation_loader, f"{title} validation")
@@ -1043,25 +1033,24 @@ def make_parser(description, settings, *scripts):
 
 def check_settings(settings):
     """Refuse settings that are of no use; make the folders absolute paths, None without lists."""
-    ranges = {"epochs": (0, 10**6), "batch_size": (1, 10**6), "image_size": (64, 512),
-              "min_paintings": (1, 10**9), "frozen_epochs": (0, 10**6), "workers": (-1, 1024),
-              "seed": (0, 2**32), "outliers_per_class": (1, 10**9), "learning_rate": (1e-9, 10.0),
-              "backbone_rate": (0.0, 10.0), "warmup_epochs": (0.0, 1e6),
-              "weight_decay": (0.0, 10.0), "dropout": (0.0, 0.99)}
+    least = {"epochs": 0, "batch_size": 1, "image_size": 64, "min_paintings": 1, "workers": -1,
+             "frozen_epochs": 0, "seed": 0, "views": 1, "outliers_per_class": 1, "dropout": 0.0,
+             "learning_rate": 0.0, "backbone_rate": 0.0, "warmup_epochs": 0.0, "weight_decay": 0.0}
+    most = {"image_size": 512, "dropout": 0.99}
     choices = {"group_by": ("painting", "artist"), "batch_norms": ("fixed", "trained"),
                "views": (1, 3)}
     for name, value in vars(settings).items():
-        if name in ranges:
-            (least, most), kind = ranges[name], type(ranges[name][0])
-            if type(value) not in (int, kind) or not least <= value <= most:
-                raise ValueError(f"{name.upper()} must be a {'whole ' * (kind is int)}number from "
-                                 f"{least:,} to {most:,}, not {value!r}")
-        elif name.endswith("_dir"):
+        if name.endswith("_dir"):
             missing = value == "wikiart_csv" and not os.path.exists(value)
             path = Path(os.path.abspath(os.path.expanduser(value)))
             setattr(settings, name, None if missing or value == "none" else path)
-        elif value not in choices.get(name, (value,)):
-            raise ValueError(f"{name.upper()} must be {' or '.join(choices[name])}, not {value!r}")
+        elif name in least:
+            low, high = least[name], most.get(name, 10**9)
+            if type(value) not in (int, type(low)) or not low <= value <= high:
+                raise ValueError(f"{name.upper()} must be a {'whole ' * (type(low) is int)}number "
+                                 f"from {low} to {high:,}, not {value!r}")
+        if value not in choices.get(name, (value,)):
+            raise ValueError(f"{name.upper()} must be one of {choices[name]}, not {value!r}")
     if "group_by" in settings and settings.group_by == settings.attribute:
         raise ValueError("GROUP_BY artist keeps artists apart, so they cannot be the ATTRIBUTE")
 
@@ -1084,20 +1073,20 @@ def check_folders(data_dir, small_dir, output_dir):
 def explain(error, batch_size):
     """Return what a user can do about an error, in one line, or None where it is a bug."""
     words = re.sub(r"(?s)^Caught .*\n(\w+: )?", "", str(error).strip())  # a worker's traceback
+    words = "out of memory" if isinstance(error, MemoryError) else words
     if isinstance(error, (ValueError, OSError)):
         return words
-    advice = {
-        "out of memory|ALLOC_FAILED|can't alloc":
-            f"try a smaller BATCH_SIZE, such as --batch-size {max(1, batch_size // 2)}",
-        "no kernel image": "this torch is not built for a GPU of this age: see README.md, Windows "
-            "and GPUs",
-        "shared memory|No space left|DataLoader worker|Too many open files":
-            "give Docker --shm-size=2g, or use fewer loaders, such as --workers 0",
-        "(?i)gloo|nccl": "another process stopped; its own message says why"}
-    if isinstance(error, MemoryError):
-        words = "out of memory"
-    hints = [hint for pattern, hint in advice.items() if re.search(pattern, words)]
-    return f"{words.splitlines()[0]}: {hints[0]}" if hints else None
+    for pattern, advice in (
+        ("out of memory|ALLOC_FAILED|can't alloc",
+         f"try a smaller BATCH_SIZE, such as --batch-size {max(1, batch_size // 2)}"),
+        ("no kernel image", "this torch is too new for the GPU: see README.md, Windows and GPUs"),
+        ("shared memory|No space left|DataLoader worker|Too many open files",
+         "give Docker --shm-size=2g, or use fewer loaders, such as --workers 0"),
+        ("(?i)gloo|nccl", "another process stopped; its own message says why"),
+    ):
+        if re.search(pattern, words):
+            return f"{words.splitlines()[0]}: {advice}"
+    return None
 
 
 def run_script(work, settings):
@@ -1125,19 +1114,16 @@ def run_script(work, settings):
     return code
 
 
-def set_up(settings, held):
-    """Find, label, split and prepare the paintings, and load the weights to start from.
+def set_up(settings):
+    """Find, label and split the paintings, and load the weights to start from; write nothing.
 
-    All that can be wrong without decoding a picture is checked before the first write; `held` is a
-    stack that holds the lock of OUTPUT_DIR from then on. Returns the run, its model, {part: {path:
-    label}} of what can be used, and {path: path on disk}.
+    Returns the run, its model, the stamps of the found paintings, and {path: path on disk}.
     """
-    data_dir, small_dir, output_dir = settings.data_dir, settings.small_dir, settings.output_dir
-    found = find_paintings(data_dir)
-    check_folders(data_dir, small_dir, output_dir)
+    found = find_paintings(settings.data_dir)
+    check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
     lasting = {name: getattr(settings, name.lower()) for name in SETTINGS
                if name != "WORKERS" and not name.endswith("_DIR")}
-    run = find_run(output_dir, lasting) if settings.epochs else None
+    run = find_run(settings.output_dir, lasting) if settings.epochs else None
     if run is None:
         class_names, labels, test_list = (
             read_lists(settings.lists_dir, settings.attribute) if settings.lists_dir
@@ -1145,36 +1131,44 @@ def set_up(settings, held):
         split, source = split_paintings(labels, test_list, settings.group_by, settings.seed)
         run = {"format": FORMAT, "class_names": class_names, "split": split,
                "split_source": source, "history": []}
+    versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    run |= {"settings": lasting, "versions": versions}
     paths = [path for part in PARTS for path in run["split"][part]]
     places = locate(paths, found)
     report([path for path in paths if path not in places], "paintings of the run not on disk")
     report(sorted(found.keys() - set(places.values())), "paintings that are not of the run")
     if not places:
-        raise ValueError(f"{len(paths):,} paintings are listed, and none of them is in {data_dir}, "
-                         f"where the first is {min(found)}: do they belong together?")
+        raise ValueError(f"{len(paths):,} paintings are listed, and none of them is in "
+                         f"{settings.data_dir}, where the first is {min(found)}: do they belong "
+                         "together?")
     keep_usable(run["split"], places, bad={})
     torch.manual_seed(settings.seed)
     model = ArtClassifier(len(run["class_names"]), settings.dropout)
     if run["history"]:
-        load_weights(model, run.pop("model"), output_dir / "model_last.pth")
+        load_weights(model, run.pop("model"), settings.output_dir / "model_last.pth")
     elif settings.epochs and settings.weights != "none":
         load_resnet(model.features.resnet, settings.weights)
-    held.enter_context(locked(output_dir, f"another training writes into {output_dir}: wait for "
-                              "it, or give this one an OUTPUT_DIR of its own"))
-    bad = prepare_copies(found, data_dir, copies_folder(small_dir, settings.image_size))
+    return run, model, found, places
+
+
+def prepare(run, found, places, settings):
+    """Prepare the small copies; return {part: {path: label}} of the paintings that can be used."""
+    folder = copies_folder(settings.small_dir, settings.image_size)
+    bad = prepare_copies(found, settings.data_dir, folder)
     lines = "".join(f"{printable(path)}\t{bad[path]}\n" for path in sorted(bad))
-    write_whole(output_dir / "bad_files.txt", lines.encode("utf-8"))
+    write_whole(settings.output_dir / "bad_files.txt", lines.encode("utf-8"))
     split = keep_usable(run["split"], places, bad)
     report_split(split, run["class_names"])
-    run["settings"] = lasting
-    run["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
-    return run, model, split, places
+    return split
 
 
 def learn(settings):
-    """Set up a run, or take up an earlier one, and train it."""
-    with contextlib.ExitStack() as held:
-        run, model, split, places = from_first(set_up, settings, held)
+    """Set up a run, or take up an earlier one, prepare its paintings, and train."""
+    run, model, found, places = from_first(set_up, settings)
+    taken = (f"another training writes into {settings.output_dir}: wait for it, or give this one "
+             "an OUTPUT_DIR of its own")
+    with contextlib.nullcontext() if rank() else locked(settings.output_dir, taken):
+        split = from_first(prepare, run, found, places, settings)
         if len(run["history"]) < settings.epochs:
             train(run, model, split, places, settings)
         elif settings.epochs:

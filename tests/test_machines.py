@@ -303,7 +303,7 @@ def test_names_that_differ_in_case_alone(painted, monkeypatch, capsys):
     flat(folder / "wikiart/Cubism/A_b.jpg")
     flat(folder / "wikiart/Cubism/a_B.jpg")
     assert tm.main(flags) == 0  # on a disk that tells them apart
-    (folder / "small/.LOCK").touch()  # as on one that does not
+    (folder / "small/320/.LOCK").touch()  # as on one that does not
     assert tm.main(flags) == 1
     assert "does not tell names apart that differ only in case" in capsys.readouterr().err
 
@@ -342,7 +342,7 @@ def test_sixteen_bits_where_zero_is_white(tmp_path):
 
 def test_comments_do_not_travel(tmp_path):
     Image.new("RGB", (90, 70)).save(tmp_path / "x.jpg", comment=b"a secret")
-    assert b"a secret" not in tm.encode_small(tmp_path / "x.jpg", b"a stamp")
+    assert b"a secret" not in tm.encode_small(tmp_path / "x.jpg", 32, b"a stamp")
 
 
 def test_a_jpeg_with_a_scan_for_each_component_counts_as_large(tmp_path, monkeypatch):
@@ -416,7 +416,7 @@ def test_a_gpu_that_cannot_be_used_is_said(monkeypatch, capsys, tmp_path):
                   "No space left on device (28)"),
      "unable to write to file </torch_1>.*--shm-size=2g, or use fewer loaders"),
     (RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore"),
-     "no kernel image.*not built for a GPU of this age: see README.md"),
+     "no kernel image.*this torch is too new for the GPU: see README.md"),
     (MemoryError(), "out of memory: try a smaller BATCH_SIZE, such as --batch-size 4"),
 ])
 def test_errors_of_machines_say_what_to_do(error, words):
