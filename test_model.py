@@ -36,6 +36,7 @@ from train_model import printable
 VIEWS = 3  # squares of a painting whose logits are averaged: 1 is the centre, 3 has both ends too
 OUTLIERS_PER_CLASS = 20  # rows a class in outliers.csv, the most doubtful first
 
+VIEW_PLACES = {1: [0.5], 3: [0, 0.5, 1]}  # along the long side, from its start to its end
 SHARED = ("DATA_DIR", "SMALL_DIR", "OUTPUT_DIR", "BATCH_SIZE", "WORKERS")
 SETTINGS = {name: train_model.SETTINGS[name] for name in SHARED}
 SETTINGS |= {"VIEWS": VIEWS, "OUTLIERS_PER_CLASS": OUTLIERS_PER_CLASS}
@@ -382,7 +383,7 @@ def find_own_pictures(names):
 
 def classify(model, run, views, files):
     """Print the five likeliest classes of each picture; raise ValueError if any cannot be read."""
-    device, failed, class_names = next(model.parameters()).device, 0, run["class_names"]
+    device, failed, class_names = train_model.move_to_fastest(model), 0, run["class_names"]
     size = run["settings"]["IMAGE_SIZE"]
     side = int(train_model.copies_folder(Path(), size).name)
     for file in files:
@@ -480,22 +481,29 @@ def write_results(run, places, views, copies, settings):
     print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings)")
 
 
+def predict_views(model, labels, places, folder, image_size, settings):
+    """Return the logits (views, N, classes) of the paintings {path: label}, on the CPU."""
+    device, logits = train_model.move_to_fastest(model), []
+    for view in VIEW_PLACES[settings.views]:
+        paintings = train_model.Paintings(folder, labels, places, image_size, view=view)
+        loader = train_model.make_loader(paintings, settings.batch_size, settings.workers, device)
+        logits.append(train_model.evaluate(model, loader, "test"))
+    return torch.stack(logits)
+
+
 def predict_and_score(settings):
     """Score the best model on its test paintings, or classify the pictures that are named."""
     run, model = train_model.from_first(load_best, settings.output_dir)
-    device, views = train_model.move_to_fastest(model), {1: [0.5], 3: [0, 0.5, 1]}[settings.views]
     if settings.pictures:
-        train_model.from_first(classify, model, run, views, find_own_pictures(settings.pictures))
+        files = find_own_pictures(settings.pictures)
+        train_model.from_first(classify, model, run, VIEW_PLACES[settings.views], files)
         return
-    size, logits = run["settings"]["IMAGE_SIZE"], []
-    folder = train_model.copies_folder(settings.small_dir, size)
+    image_size = run["settings"]["IMAGE_SIZE"]
+    folder = train_model.copies_folder(settings.small_dir, image_size)
     places = train_model.from_first(prepare_test, run, folder, settings)
     labels = {path: run["split"]["test"][path] for path in places}
-    for view in views:
-        paintings = train_model.Paintings(folder, labels, places, size, view=view)
-        loader = train_model.make_loader(paintings, settings.batch_size, settings.workers, device)
-        logits.append(train_model.evaluate(model, loader, "test"))
-    train_model.from_first(write_results, run, places, torch.stack(logits), folder, settings)
+    views = predict_views(model, labels, places, folder, image_size, settings)
+    train_model.from_first(write_results, run, places, views, folder, settings)
 
 
 def main(argv=None):
