@@ -421,9 +421,9 @@ def read_lists(lists_dir, attribute):
                          f"has {', '.join(there[:9]) or 'nothing'}: see {ARTGAN}, or go without by "
                          "--lists-dir none")
     class_file, test_file, train_file = files
-    names = {int(label): name for label, name in read_rows(
-        class_file, r"([0-9]+)\s+(.+)", "7 Cubism")}
-    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
+    rows = read_rows(class_file, r"([0-9]+)\s+(.+)", "7 Cubism")
+    names = {int(label): name for label, name in rows}
+    if sorted(names) != list(range(len(rows))) or len(set(names.values())) < len(rows):
         raise ValueError(f"{class_file} must number different classes from 0, one per line")
     row = r"(.+?),+\s*([0-9]+)", "Cubism/juan-gris_violin-1916.jpg,7"
     test_rows = read_rows(test_file, *row)
@@ -984,12 +984,6 @@ def load_checkpoint(path):
     return run
 
 
-def write_checkpoint(path, checkpoint):
-    """Write a checkpoint, whole or not at all."""
-    torch.save(checkpoint, content := io.BytesIO())
-    write_whole(path, content.getbuffer())
-
-
 def write_table(path, columns, rows):
     """Write these columns of rows, dictionaries, as CSV in UTF-8 with a header."""
     text = io.StringIO()
@@ -1011,9 +1005,11 @@ def save_epoch(run, model, optimizer, scaler, output_dir):
     best = run | {"model": model.state_dict()}
     last = best | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     *earlier, accuracy = (row["validation_accuracy"] for row in history)
-    if accuracy > max(earlier, default=-1):
-        write_checkpoint(output_dir / "model_best.pth", best)
-    write_checkpoint(output_dir / "model_last.pth", last)  # a kill before this repeats the epoch
+    checkpoints = {"model_best.pth": best} if accuracy > max(earlier, default=-1) else {}
+    checkpoints["model_last.pth"] = last  # comes last: a kill before it repeats the epoch, exactly
+    for name, checkpoint in checkpoints.items():
+        torch.save(checkpoint, content := io.BytesIO())
+        write_whole(output_dir / name, content.getbuffer())
 
 
 # -------------------------------------------------------------------------------------------- main

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -29,6 +30,18 @@ def jpeg(path, size=(400, 360), colour=(200, 30, 60), **options):
     Image.new("RGB", size, colour).save(path, **options)
 
 
+def prepare(folder):
+    """Bring folder/small/320 up to date with folder/wikiart; return {path: reason} of the bad."""
+    data = folder / "wikiart"
+    return tm.prepare_copies(tm.find_paintings(data), data, folder / "small/320")
+
+
+def copies(folder):
+    """Return the small copies of 320 pixels, as "Style/name.jpg", without what is hidden."""
+    small = folder / "small/320"
+    return {path.relative_to(small).as_posix() for path in small.glob("*/[!.]*")}
+
+
 def digest(folder):
     """Return what a folder holds, file by file."""
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -46,27 +59,26 @@ def test_only_pictures_are_found(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "A" / "circle").symlink_to(tmp_path)
-    assert list(tm.list_pictures(tmp_path)) == sorted(wanted)
+    assert list(tm.find_paintings(tmp_path)) == sorted(wanted)
+    for empty in ("B", "C"):  # pictures, but in no folder; no folder at all
+        with pytest.raises(ValueError, match=f"no picture in a folder of {tmp_path / empty}"):
+            tm.find_paintings(tmp_path / empty)
 
 
 def test_small_copies_follow_the_originals(tmp_path, capsys):
-    data, small = tmp_path / "wikiart", tmp_path / "small"
+    data, small = tmp_path / "wikiart", tmp_path / "small/320"
     jpeg(data / "A/large.jpg", (800, 640))
     jpeg(data / "A/upright.jpg", (500, 1000))
     jpeg(data / "B/tiny.jpg", (50, 40))
     jpeg(data / "B/other.png", (640, 640))
     before = digest(data)
-
-    def prepare():
-        return tm.prepare(tm.list_pictures(data), data, small)
-
-    assert prepare() == {}
-    sizes = {path: Image.open(small / path).size for path in tm.list_pictures(small)}
+    assert prepare(tmp_path) == {}
+    sizes = {path: Image.open(small / path).size for path in copies(tmp_path)}
     assert sizes == {"A/large.jpg": (400, 320), "A/upright.jpg": (320, 640), "B/tiny.jpg": (50, 40),
                      "B/other.png.jpg": (320, 320)}
     assert "4 written, 0 were there" in capsys.readouterr().out
     first = digest(small)
-    prepare()
+    prepare(tmp_path)
     assert "0 written, 4 were there" in capsys.readouterr().out
     assert digest(small) == first and digest(data) == before
 
@@ -74,37 +86,83 @@ def test_small_copies_follow_the_originals(tmp_path, capsys):
     jpeg(data / "A/large.jpg", (800, 640), (0, 0, 255))
     os.utime(data / "A/large.jpg", (1, 1))
     (data / "B/tiny.jpg").unlink()
-    prepare()
+    prepare(tmp_path)
     assert "2 written, 2 were there" in capsys.readouterr().out
     assert Image.open(small / "A/large.jpg").getpixel((9, 9))[2] > 240
-    assert "B/tiny.jpg" not in tm.list_pictures(data)
+    assert "B/tiny.jpg" not in tm.find_paintings(data)
 
 
-@pytest.mark.parametrize("seconds", [0, 1, 10**9])
+@pytest.mark.parametrize("seconds", [0, 1, 10**9, 2**33])
 def test_originals_of_any_age_are_copied_once(tmp_path, capsys, seconds):
-    jpeg(tmp_path / "wikiart/A/old.jpg")
-    os.utime(tmp_path / "wikiart/A/old.jpg", (seconds, seconds))
-    for written in (1, 0):
-        found = tm.list_pictures(tmp_path / "wikiart")
-        assert tm.prepare(found, tmp_path / "wikiart", tmp_path / "small") == {}
-        assert f"{written} written" in capsys.readouterr().out
-    assert tm.list_pictures(tmp_path / "small") == found
+    """Twice, since another original may have the name and the age of the one before."""
+    for size in ((400, 360), (500, 360)):
+        jpeg(tmp_path / "wikiart/A/old.jpg", size)
+        os.utime(tmp_path / "wikiart/A/old.jpg", (seconds, seconds))
+        for written in (1, 0):
+            assert prepare(tmp_path) == {}
+            assert f"{written} written" in capsys.readouterr().out
+        width, height = Image.open(tmp_path / "small/320/A/old.jpg").size
+        assert height == 320 and width == round(size[0] * 320 / size[1])
+    assert copies(tmp_path) == {"A/old.jpg"}
+
+
+def test_copies_may_be_moved_and_must_be_copies(tmp_path, capsys):
+    """Their own times mean nothing; what is no copy of the original is replaced by one."""
+    for number in range(4):
+        jpeg(tmp_path / f"wikiart/A/{number}.jpg", comment=b"of its own")
+    prepare(tmp_path)
+    small, right = tmp_path / "small/320/A", digest(tmp_path / "small")
+    os.utime(small / "0.jpg", (9, 9))
+    (small / "1.jpg").write_bytes(b"")
+    (small / "2.jpg").write_bytes((tmp_path / "wikiart/A/2.jpg").read_bytes())
+    (small / "3.jpg").unlink()
+    capsys.readouterr()
+    prepare(tmp_path)
+    assert "3 written, 1 were there" in capsys.readouterr().out
+    assert digest(tmp_path / "small") == right
+    assert all(b"of its own" not in (small / f"{number}.jpg").read_bytes() for number in range(4))
+
+
+def test_copies_for_several_image_sizes_live_side_by_side(tmp_path, capsys):
+    """A copy's short side is 10/7 of IMAGE_SIZE, and no copy is enlarged."""
+    painted = paint_artgan(tmp_path / "wikiart", each=4, size=(640, 400))
+    path = next(iter(painted))
+    for image_size, side, size, written in ((224, 320, (512, 320), 20), (64, 92, (147, 92), 20),
+                                            (512, 732, (640, 400), 20), (224, 320, (512, 320), 0)):
+        assert tm.main([*folders(tmp_path), "--epochs", "0", "--image-size", str(image_size)]) == 0
+        assert f"small copies: {written} written" in capsys.readouterr().out
+        assert Image.open(tmp_path / f"small/{side}" / path).size == size
+
+
+def test_a_disk_too_small_for_the_copies_is_noticed_early(tmp_path, capsys, monkeypatch):
+    for number in range(200):
+        jpeg(tmp_path / f"wikiart/A/{number}.jpg", (30, 20))
+    usage = tm.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(tm.shutil, "disk_usage", lambda _: usage._replace(free=9_999))
+    with pytest.raises(OSError, match="0.0 GB are free: choose a SMALL_DIR on another disk"):
+        prepare(tmp_path)
+    assert 100 <= len(copies(tmp_path)) < 200
+    monkeypatch.undo()
+    assert prepare(tmp_path) == {} and len(copies(tmp_path)) == 200
 
 
 def test_preparing_waits_for_another_process(tmp_path):
     """Who holds the lock of SMALL_DIR prepares it; what it leaves to do is done after that."""
-    fcntl = pytest.importorskip("fcntl")
-    paint_artgan(tmp_path / "wikiart", each=4, size=(60, 50))
-    (tmp_path / "small").mkdir()
-    with open(tmp_path / "small/.lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run = subprocess.Popen([sys.executable, "train_model.py", *folders(tmp_path), "--epochs",
-                                "0"], cwd=ROOT, text=True, stdout=subprocess.PIPE)
-        assert run.stdout.readline().startswith("20 paintings in")
-        time.sleep(2)
-        assert run.poll() is None and not tm.list_pictures(tmp_path / "small")
-    assert "small copies: 20 written" in run.communicate(timeout=60)[0]
-    assert run.returncode == 0
+    pytest.importorskip("fcntl")
+    jpeg(tmp_path / "wikiart/A/x.jpg")
+    (tmp_path / "small/320").mkdir(parents=True)
+    hold = ("import fcntl, sys\nlock = open(sys.argv[1], 'wb')\n"
+            "fcntl.flock(lock, fcntl.LOCK_EX), fcntl.lockf(lock, fcntl.LOCK_EX)\n"
+            "print('held', flush=True), sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "small/320/.lock"], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == "held\n"
+        second = threading.Thread(target=prepare, args=(tmp_path,), daemon=True)
+        second.start()
+        time.sleep(1)
+        assert second.is_alive() and not copies(tmp_path)
+    second.join(30)
+    assert not second.is_alive() and copies(tmp_path) == {"A/x.jpg"}
 
 
 def test_names_of_small_copies_never_meet():
@@ -115,7 +173,7 @@ def test_names_of_small_copies_never_meet():
 
 
 def test_bad_pictures_are_listed_with_reasons(tmp_path):
-    data, small = tmp_path / "wikiart", tmp_path / "small"
+    data = tmp_path / "wikiart"
     jpeg(data / "A/good.jpg")
     whole = (data / "A/good.jpg").read_bytes()
     for share in (10, 50, 60, 90, 99):
@@ -125,12 +183,12 @@ def test_bad_pictures_are_listed_with_reasons(tmp_path):
     os.mkfifo(data / "A/pipe.jpg")
     (data / "A/dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (data / "A/folder.jpg").mkdir()
-    found = tm.list_pictures(data)
-    bad = tm.prepare(found, data, small)
-    assert set(found) - set(bad) == {"A/good.jpg"} and len(found) == 11
+    bad = prepare(tmp_path)
+    assert tm.find_paintings(data).keys() - bad.keys() == {"A/good.jpg"} and len(bad) >= 9
     assert all(reason and "\n" not in reason for reason in bad.values())
-    assert list(tm.list_pictures(small)) == ["A/good.jpg"]
-    assert not list(small.rglob("*.tmp"))
+    assert copies(tmp_path) == {"A/good.jpg"}
+    assert prepare(tmp_path) == bad
+    assert not list((tmp_path / "small").rglob("*.tmp"))
 
 
 RED, WHITE = (230, 20, 20), (255, 255, 255)
@@ -167,14 +225,15 @@ def kinds():
 
 @pytest.mark.parametrize("name,content,colour", list(kinds()),
                          ids=[kind[0] for kind in kinds()])
-def test_every_mode_becomes_the_right_rgb(name, content, colour):
-    image = tm.decode(io.BytesIO(content), 32)
+def test_every_mode_becomes_the_right_rgb(tmp_path, name, content, colour):
+    (tmp_path / name).write_bytes(content)
+    image = tm.decode(tmp_path / name, 32)
     assert image.mode == "RGB" and image.size == (43, 32)
     assert np.abs(np.asarray(image, int) - colour).max() <= 8
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_upright(orientation):
+def test_pictures_are_upright(tmp_path, orientation):
     upright = Image.new("RGB", (600, 400), (0, 0, 255))
     upright.paste((255, 0, 0), (0, 0, 300, 200))  # red where top and left meet
     undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -184,43 +243,43 @@ def test_pictures_are_upright(orientation):
     stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = io.BytesIO()
-    stored.save(file, "JPEG", exif=exif)
-    image = tm.decode(file, 200)
+    stored.save(tmp_path / "x.jpg", exif=exif)
+    image = tm.decode(tmp_path / "x.jpg", 200)
     assert image.size == (300, 200)
     assert image.getpixel((40, 30))[0] > 200 > 60 > image.getpixel((260, 170))[0]
 
 
-@pytest.mark.parametrize("size", [(20_000, 15_000), (15_000, 1_100)])
-def test_huge_pictures_need_little_memory(tmp_path, size):
-    """A 300-megapixel JPEG and a long scroll are used, in 200 MB at most."""
-    Image.new("L", size, 90).save(tmp_path / "huge.jpg")
+def test_huge_pictures_need_little_memory(tmp_path):
+    """A long scroll and a 300-megapixel JPEG are used, in 200 MB at most."""
+    sizes = [(15_000, 1_100), (20_000, 15_000)]
+    for number, size in enumerate(sizes):
+        Image.new("L", size, 90).save(tmp_path / f"{number}.jpg")
     code = ("import train_model as tm\n"
             "rss = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
-            f"before = rss(); image = tm.decode({str(tmp_path / 'huge.jpg')!r}, 320)\n"
-            "print(image.width, image.height, (rss() - before) // 1024)")
+            "before = rss()\n"
+            "for number in range(2):\n"
+            f"    image = tm.decode({str(tmp_path)!r} + f'/{{number}}.jpg', 320)\n"
+            "    print(image.width, image.height, (rss() - before) // 1024)")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    width, height, megabytes = map(int, run.stdout.split())
-    assert height == 320 and width == round(320 * size[0] / size[1])
-    assert megabytes <= 200
+    for size, line in zip(sizes, run.stdout.splitlines(), strict=True):
+        width, height, megabytes = map(int, line.split())
+        assert height == 320 and width == round(320 * size[0] / size[1])
+        assert megabytes <= 200
 
 
-def test_pictures_over_the_limit_are_refused(monkeypatch):
-    file = io.BytesIO()
-    Image.new("RGB", (100, 100)).save(file, "PNG")
+@pytest.mark.parametrize("kind,options,refused", [
+    ("PNG", {}, True), ("WEBP", {}, True), ("GIF", {}, True), ("TIFF", {}, True),
+    ("JPEG", {"progressive": True}, True), ("JPEG", {}, False)])
+def test_pictures_over_the_limit_are_refused(tmp_path, monkeypatch, kind, options, refused):
+    Image.new("RGB", (100, 100)).save(tmp_path / "x", kind, **options)
+    monkeypatch.setattr(tm, "MAX_PIXELS", 10_000)
+    assert tm.decode(tmp_path / "x", 32).size == (32, 32)
     monkeypatch.setattr(tm, "MAX_PIXELS", 9_999)
-    with pytest.raises(ValueError, match="100 x 100 is more than 9,999 pixels"):
-        tm.decode(file, 32)
-    Image.new("RGB", (100, 100)).save(file := io.BytesIO(), "WEBP")
-    assert tm.decode(file, 32).size == (32, 32)
-    monkeypatch.setattr(tm, "MAX_WEBP", 9_998)
-    with pytest.raises(ValueError, match="100 x 100 is more than 9,998 pixels"):
-        tm.decode(file, 32)
-    Image.new("RGB", (100, 100)).save(file := io.BytesIO(), "JPEG", progressive=True)
-    with pytest.raises(ValueError, match="100 x 100 is more than 9,999 pixels"):
-        tm.decode(file, 32)
-    Image.new("RGB", (100, 100)).save(file := io.BytesIO(), "JPEG")
-    assert tm.decode(file, 32).size == (32, 32)
+    if refused:
+        with pytest.raises(ValueError, match="100 x 100 is more than 9,999 pixels"):
+            tm.decode(tmp_path / "x", 32)
+    else:
+        assert tm.decode(tmp_path / "x", 32).size == (32, 32)
 
 
 # -------------------------------------------------------------------------------------------- lists
@@ -254,16 +313,17 @@ def test_both_forms_of_lists_are_read(tmp_path, write):
     write(tmp_path / "lists")
     for path in (tmp_path / "lists").rglob("*_val*"):  # as some editors save it
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    class_names, listed = tm.read_lists(tmp_path / "lists", "genre")
+    class_names, labels, test_list = tm.read_lists(tmp_path / "lists", "genre")
     assert class_names == ["portrait", "still life"]
-    assert listed == {"test": {NAMES[2]: 1}, "train": {NAMES[0]: 0, NAMES[1]: 1}}
+    assert labels == {NAMES[2]: 1, NAMES[0]: 0, NAMES[1]: 1} and test_list == {NAMES[2]}
 
 
 def test_the_first_row_of_a_painting_counts(tmp_path, capsys):
     write_lists(tmp_path, "genre", ["a", "b"], [("X/1.jpg", 0), ("X/2.jpg", 1), ("X/1.jpg", 1)],
                 [("X/3.jpg", 1), ("X/3.jpg", 0), ("X/2.jpg", 0)])
-    _, listed = tm.read_lists(tmp_path, "genre")
-    assert listed == {"test": {"X/3.jpg": 1, "X/2.jpg": 0}, "train": {"X/1.jpg": 0}}
+    _, labels, test_list = tm.read_lists(tmp_path, "genre")
+    assert labels == {"X/3.jpg": 1, "X/2.jpg": 0, "X/1.jpg": 0}
+    assert test_list == {"X/3.jpg", "X/2.jpg"}
     assert "rows that repeat a painting, passed over: 3 (" in capsys.readouterr().out
 
 
@@ -285,21 +345,12 @@ def test_styles_are_named_as_their_folders(tmp_path):
     assert tm.read_lists(tmp_path, "style")[0] == ["Art_Nouveau_Modern", "Cubism"]
 
 
-def test_missing_paintings_are_counted_and_named(tmp_path, capsys):
-    write_zip_form(tmp_path)
-    found = {NAMES[0]: 1, NAMES[2]: 1, "Cubism/extra.jpg": 1}
-    names, labels, places, tested = tm.label_paintings(found, "genre", tmp_path, 1)
-    assert labels == {NAMES[0]: 0, NAMES[2]: 1} and tested == {NAMES[2]}
-    out = capsys.readouterr().out
-    assert f"listed paintings that are not on disk: 1 ({NAMES[1]})" in out
-    assert "paintings without a class: 1 (Cubism/extra.jpg)" in out
-
-
 def test_artists_without_lists_need_enough_paintings():
     found = dict.fromkeys([f"A/x-y_{n}.jpg" for n in range(3)] + [f"B/z_{n}.jpg" for n in range(2)]
                           + ["B/x-y_9.jpg", "B/nobody.jpg", "C/q_1.jpg"], 1)
-    class_names, labels = tm.read_names(found, "artist", 2)
+    class_names, labels, test_list = tm.read_names(found, "artist", 2)
     assert class_names == ["x-y", "z"] and len(labels) == 6 and labels["B/x-y_9.jpg"] == 0
+    assert test_list is None
 
 
 MOJIBAKE = ["Realism/joaquã\xadn-sorolla_mar-1900.jpg", "Realism/ilya-repin_el\xa0cid-ã©tude.jpg"]
@@ -323,24 +374,32 @@ def spellings(name):
 @pytest.mark.parametrize("spelling", ["listed", "underscored", "decoded", "NFD"])
 def test_odd_names_are_found_in_every_spelling(spelling):
     found = {spellings(name)[spelling]: 1 for name in MOJIBAKE} | {"Realism/plain_x-1.jpg": 1}
-    places = tm.match([*MOJIBAKE, "Realism/plain_x-1.jpg"], found)
+    places = tm.locate([*MOJIBAKE, "Realism/plain_x-1.jpg"], found)
     assert places == {name: spellings(name)[spelling] for name in MOJIBAKE} | {
         "Realism/plain_x-1.jpg": "Realism/plain_x-1.jpg"}
 
 
+def test_names_without_their_apostrophes_are_found():
+    listed = ["A/j_l'ete-d'avignon.jpg", "A/j_lete.jpg"]
+    found = dict.fromkeys(["A/j_lete-davignon.jpg", "A/j_lete.jpg"])
+    assert tm.locate(listed, found) == dict(zip(listed, found))
+
+
 def test_alike_names_are_never_confused():
     listed = ["A/a_b-11.jpg", "A/a_b-1-1.jpg", "A/a_é.jpg", "A/a_è.jpg"]
-    assert tm.match(listed, {"A/a_b-11.jpg": 1, "A/a__.jpg": 1}) == {listed[0]: listed[0]}
-    assert tm.match(listed[1:2], {"A/a_b-11.jpg": 1}) == {}
-    assert tm.match(["A/a_é.jpg"], {"B/a_é.jpg": 1}) == {}
+    assert tm.locate(listed, {"A/a_b-11.jpg": b"", "A/a__.jpg": b""}) == {listed[0]: listed[0]}
+    assert tm.locate(listed, {"A/a_b_1_1.jpg": b""}) == {}  # which of two?
+    assert tm.locate(listed[1:2], {"A/a_b_11.jpg": b"", "A/a_b1_1.jpg": b""}) == {}
+    assert tm.locate(["A/a_é.jpg"], {"B/a_é.jpg": b""}) == {}
+    assert tm.locate(["A/a_é.jpg"], {"A/a_é.JPG": b""}) == {}
 
 
 def test_artgans_own_lists(shared, capsys):
     rows = {"style": (57_025, 24_421, 27), "genre": (45_503, 19_491, 10),
             "artist": (13_346, 5_706, 23)}
     for attribute, (train, test, classes) in rows.items():
-        names, listed = tm.read_lists(shared / "artgan_lists/zip", attribute)
-        assert (len(listed["train"]), len(listed["test"]), len(names)) == (train, test, classes)
+        names, labels, test_list = tm.read_lists(shared / "artgan_lists/zip", attribute)
+        assert (len(labels) - len(test_list), len(test_list), len(names)) == (train, test, classes)
     assert "Post_Impressionism/maurice-de-vlaminck_the-village.jpg" in capsys.readouterr().out
     assert tm.read_lists(shared / "artgan_lists/git", "artist") == tm.read_lists(
         shared / "artgan_lists/zip", "artist")
@@ -348,23 +407,25 @@ def test_artgans_own_lists(shared, capsys):
 
 @pytest.mark.parametrize("spelling", ["listed", "underscored", "decoded", "NFD"])
 def test_artgans_own_odd_names(shared, spelling):
-    _, listed = tm.read_lists(shared / "artgan_lists/zip", "style")
-    paths = listed["train"] | listed["test"]
+    _, paths, _ = tm.read_lists(shared / "artgan_lists/zip", "style")
     odd = [path for path in paths if not path.isascii()]
     assert len(odd) == 709
     found = {spellings(path)[spelling] if path in odd else path: 1 for path in paths}
-    places = tm.match(paths, found)
+    places = tm.locate(paths, found)
     lost = [path for path in paths if path not in places]
     wrong = [path for path in odd if path in places and places[path] != spellings(path)[spelling]]
     assert lost == [] and wrong == []
 
 
 def test_the_shipped_class_names_are_artgans_folders(shared):
-    names, _ = tm.read_lists(shared / "artgan_lists/zip", "style")
+    names, _, _ = tm.read_lists(shared / "artgan_lists/zip", "style")
     assert (ROOT / "class_names.txt").read_text().split("\n") == [*names, ""]
 
 
 # -------------------------------------------------------------------------------------------- split
+
+
+SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
 
 def parts_of(split):
@@ -380,28 +441,38 @@ def many(sizes):
             for label, size in enumerate(sizes) for n in range(size)}
 
 
-def test_a_split_is_disjoint_complete_and_by_class():
-    labels = many([100, 40, 1000, 20, 10])
-    split = tm.split_paintings(labels, None, "painting", 0)
-    assert parts_of(split).keys() == labels.keys()
-    for label, size in enumerate([100, 40, 1000, 20, 10]):
-        counts = [sum(1 for other in split[part].values() if other == label) for part in tm.PARTS]
-        assert counts[1] == counts[2] == int(size * 0.15 + 0.5)
+def check_shares(split, labels, shares, most):
+    """Fail where a part has over `most` paintings of a class more or less than its share."""
+    for part, share in shares.items():
+        counts = Counter(split[part].values())
+        for label, size in Counter(labels.values()).items():
+            assert abs(counts[label] - share * size) <= most, (part, label, size, counts[label])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_split_is_disjoint_complete_and_by_class(seed):
+    labels = many([100, 40, 1000, 20, 10, 7, 5, 4, 3])
+    split, source = tm.split_paintings(labels, None, "painting", seed)
+    assert parts_of(split).keys() == labels.keys() and source == "drawn by painting"
+    assert all(labels[path] == label for part in tm.PARTS for path, label in split[part].items())
+    check_shares(split, labels, SHARES, most=1.11)
+    for part in tm.PARTS:
+        assert set(split[part].values()) == set(labels.values())
 
 
 @pytest.mark.parametrize("size,expected", [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)),
                                            (4, (2, 1, 1))])
 def test_small_classes(size, expected):
-    split = tm.split_paintings(many([50, size]), None, "painting", 0)
+    split, _ = tm.split_paintings(many([50, size]), None, "painting", 0)
     assert tuple(sum(split[part].values()) for part in tm.PARTS) == expected
 
 
 @pytest.mark.parametrize("size,expected", [(1, (1, 0)), (2, (1, 1)), (3, (2, 1)), (20, (18, 2))])
 def test_small_classes_beside_a_given_test(size, expected):
     labels = many([60, size])
-    tested = {path for path in labels if path.startswith("S0") and path.endswith("0.jpg")}
-    split = tm.split_paintings(labels, tested, "painting", 0)
-    assert set(split["test"]) == tested
+    test_list = {path for path in labels if path.startswith("S0") and path.endswith("0.jpg")}
+    split, source = tm.split_paintings(labels, test_list, "painting", 0)
+    assert set(split["test"]) == test_list and source == "that of the lists"
     assert (sum(split["train"].values()), sum(split["validation"].values())) == expected
 
 
@@ -409,40 +480,41 @@ def test_twins_stay_together():
     labels = many([200, 100])
     twins = [f"S0/x_{n}.jpg" for n in range(40)]
     labels |= dict.fromkeys(twins, 0) | {path.replace("S0", "S1"): 1 for path in twins}
-    parts = parts_of(tm.split_paintings(labels, None, "painting", 3))
+    split, _ = tm.split_paintings(labels, None, "painting", 3)
+    parts = parts_of(split)
     assert all(parts[path] == parts[path.replace("S0", "S1")] for path in twins)
     assert len({parts[path] for path in twins}) == 3
 
 
-def test_straddling_twins_of_given_lists_are_reported(capsys):
-    labels = many([30, 30]) | {"S0/twin_x.jpg": 0, "S1/twin_x.jpg": 1}
-    split = tm.split_paintings(labels, {"S1/twin_x.jpg", "S0/artist-0_no-0-0.jpg"}, "painting", 0)
+def test_classes_without_a_painting_are_reported(capsys):
+    labels = many([30, 30])
+    split, _ = tm.split_paintings(labels, {"S0/artist-0_no-0-0.jpg"}, "painting", 0)
     tm.report_split(split, ["a", "b", "c"])
-    out = capsys.readouterr().out
-    assert "test paintings with the file name of one to learn from: 1 (" in out
-    assert "classes without a painting: 1 (c)" in out
+    assert "classes without a painting: 1 (c)" in capsys.readouterr().out
 
 
 def test_artists_stay_together():
     labels = {f"S{n % 3}/artist-{n % 41}_{n}.jpg": n % 3 for n in range(900)}
-    split = tm.split_paintings(labels, None, "artist", 0)
+    split, source = tm.split_paintings(labels, None, "artist", 0)
+    assert source == "drawn by artist"
     artists = [set(map(tm.artist, split[part])) for part in tm.PARTS]
     assert not (artists[0] & artists[1] or artists[0] & artists[2] or artists[1] & artists[2])
     assert abs(len(split["train"]) / 900 - 0.7) < 0.08
     assert parts_of(split).keys() == labels.keys()
 
 
-@pytest.mark.parametrize("group_by, source", [
+@pytest.mark.parametrize("group_by,source", [
     ("painting", "that of the lists"), ("artist", "drawn by artist")])
-def test_lists_split_unless_artists_stay_together(tmp_path, monkeypatch, group_by, source):
-    rows = [(path, int(path[-5]) % 2) for path in paint_artgan(tmp_path / "wikiart", each=8)]
+def test_lists_split_unless_artists_stay_together(tmp_path, group_by, source):
+    painted = paint_artgan(tmp_path / "wikiart", each=8, size=(60, 50))
+    rows = [(path, int(path[-5]) % 2) for path in painted]
     write_lists(tmp_path / "lists", "style", ["even", "odd"], rows[:30], rows[30:])
-    runs = []
-    monkeypatch.setattr(tm, "fit", lambda model, run, *_: runs.append(run))
-    assert tm.main([*folders(tmp_path), *QUICK, "--group-by", group_by]) == 0
-    split = runs[0]["split"]
+    flags = [*folders(tmp_path), *QUICK, "--lists-dir", str(tmp_path / "lists"), "--epochs", "1"]
+    assert tm.main([*flags, "--group-by", group_by]) == 0
+    run = tm.load_checkpoint(tmp_path / "out/model_best.pth")
+    split = run["split"]
     tested, others = split["test"], split["train"] | split["validation"]
-    assert runs[0]["split_from"] == source and tested | others == dict(rows)
+    assert run["split_source"] == source and tested | others == dict(rows)
     assert (tested == dict(rows[30:])) == (group_by == "painting")
     shared = set(map(tm.artist, tested)) & set(map(tm.artist, others))
     assert bool(shared) == (group_by == "painting")
@@ -456,8 +528,9 @@ def test_groups_share_out_small_classes_too(seed):
         for label, (most, share) in enumerate(((200, 1), (5, 0.3))):
             for painting in range(chance.randint(1, most) if chance.random() < share else 0):
                 labels[f"S{label}/artist-{number}_{label}-{painting}.jpg"] = label
-    split, sizes = tm.split_paintings(labels, None, "artist", 0), Counter(labels.values())
-    for part, share in zip(tm.PARTS, (0.7, 0.15, 0.15)):
+    split, _ = tm.split_paintings(labels, None, "artist", 0)
+    sizes = Counter(labels.values())
+    for part, share in SHARES.items():
         counts = Counter(split[part].values())
         assert all(abs(counts[label] / sizes[label] - share) < 0.05 for label in sizes), part
 
@@ -470,23 +543,21 @@ def test_the_split_is_the_same_everywhere():
             "split = tm.split_paintings(labels, None, 'painting', 5)\n"
             "print(hashlib.sha256(repr(split).encode()).hexdigest())")
     here = repr(tm.split_paintings(labels, None, "painting", 5))
-    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
-                             text=True, env=os.environ | {"PYTHONHASHSEED": seed}) for seed in "12"]
-    for run in runs:
-        assert run.communicate()[0].strip() == hashlib.sha256(here.encode()).hexdigest()
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONHASHSEED": "1"})
+    assert run.stdout.strip() == hashlib.sha256(here.encode()).hexdigest()
     assert repr(tm.split_paintings(labels, None, "painting", 6)) != here
 
 
 def test_the_split_of_artgans_styles(shared):
     """Validation is a tenth of ArtGAN's train in each class; its val is the test, whole."""
-    _, listed = tm.read_lists(shared / "artgan_lists/zip", "style")
-    labels = listed["test"] | listed["train"]
-    split = tm.split_paintings(labels, set(listed["test"]), "painting", 0)
-    assert split["test"] == dict(sorted(listed["test"].items()))
-    sizes, validation = Counter(listed["train"].values()), Counter(split["validation"].values())
-    for label, size in sizes.items():
-        assert abs(validation[label] - size / 10) <= 1.5
-    artists = tm.split_paintings(labels, None, "artist", 0)
+    _, labels, test_list = tm.read_lists(shared / "artgan_lists/zip", "style")
+    split, _ = tm.split_paintings(labels, test_list, "painting", 0)
+    assert split["test"] == {path: labels[path] for path in sorted(test_list)}
+    assert parts_of(split).keys() == labels.keys()
+    listed = {path: label for path, label in labels.items() if path not in test_list}
+    check_shares(split, listed, {"train": 0.9, "validation": 0.1}, most=1.5)
+    artists, _ = tm.split_paintings(labels, None, "artist", 0)
     counts = [Counter(artists[part].values()) for part in tm.PARTS]
     assert all(count[label] for count in counts for label in range(27))
 
@@ -504,17 +575,18 @@ def test_the_counts_of_a_whole_check(tmp_path, capsys):
                 [row for place, row in enumerate(rows) if place % 5],
                 [row for place, row in enumerate(rows) if not place % 5])
     paint("Cubism", 1, (90, 70)).save(tmp_path / "wikiart/Cubism/unlisted_x.jpg")
-    assert tm.main([*folders(tmp_path), "--epochs", "0"]) == 0
+    flags = [*folders(tmp_path), "--lists-dir", str(tmp_path / "lists"), "--epochs", "0"]
+    assert tm.main(flags) == 0
     out = capsys.readouterr().out
     assert "50 paintings in" in out
-    assert f"listed paintings that are not on disk: 1 ({paths[1]})" in out
-    assert "paintings without a class: 1 (Cubism/unlisted_x.jpg)" in out
+    assert f"paintings of the run not on disk: 1 ({paths[1]})" in out
+    assert "paintings that are not of the run: 1 (Cubism/unlisted_x.jpg)" in out
     assert "small copies: 49 written, 0 were there already" in out
     assert f"pictures that cannot be used: 1 ({paths[0]}" in out
     assert "split: 34 train, 5 validation, 9 test paintings in 5 classes" in out
     lines = (tmp_path / "out/bad_files.txt").read_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{paths[0]}\t")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bad_files.txt"]
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["bad_files.txt"]
 
 
 def test_tables_are_utf8_csv(tmp_path):
