@@ -30,6 +30,7 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
@@ -259,7 +260,7 @@ def encode_small(path, short_side, stamp=b""):
 
 def is_stamped(file, stamp):
     """Return whether a small copy is there and bears a stamp."""
-    with contextlib.suppress(FileNotFoundError), open(file, "rb") as copy:
+    with contextlib.suppress(OSError), open(file, "rb") as copy:
         return stamp in copy.read(100)
     return False
 
@@ -765,9 +766,12 @@ class Batches:
             yield [(index, self.epoch) for index in batch[rank()::world_size()].tolist()]
 
 
-def ignore_ctrl_c(_):
-    """Leave Ctrl-C, which a terminal sends to the workers too, to the main process."""
+def begin_worker(_):
+    """Leave Ctrl-C, which a terminal sends to workers too, to the main process, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # a batch that nobody takes any more is no news
+    parent = multiprocessing.parent_process()  # torch watches the forkserver in its place
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def make_loader(paintings, batch_size, workers, device):
@@ -780,7 +784,7 @@ def make_loader(paintings, batch_size, workers, device):
         num_workers=workers if workers >= 0 else min(max(share, 1), most),
         pin_memory=device.type == "cuda",
         persistent_workers=workers != 0,
-        worker_init_fn=ignore_ctrl_c,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # not the common one, which dropout draws from
     )
 

@@ -11,27 +11,25 @@ this project   the passes of train_model.py once the ResNet is no longer frozen
 ceiling        the same passes over one batch that is on the device already: nothing is loaded
 
 The column "epochs" is computed, not measured: an epoch trains on 320 pictures (or --pictures, where
-that is more), validates on an eighth as many and saves both checkpoints, at the rates of each
+that is more), validates on an eighth as many and saves both checkpoints, at the speed of each
 round; the ceiling saves nothing. Peaks are those of a row's process without its loaders.
 With --folder too, the pictures of 1600 x 1280 pixels and the 81,446 files are painted ones.
 
-By default it takes at most two minutes on two cores. It needs Linux and leaves nothing behind.
+It takes some minutes on two cores, needs Linux and leaves nothing behind. It measures CUDA where it
+is there, and the CPU with CUDA_VISIBLE_DEVICES= before the command.
 """
 
 import argparse
 import contextlib
-import copy
 import functools
 import io
 import itertools
-import math
 import multiprocessing
 import os
 import shlex
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from multiprocessing.pool import ThreadPool
@@ -45,15 +43,17 @@ from PIL import Image, ImageDraw
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_model
 
 CLASSES, WIKIART = 27, 81_446  # WikiArt's styles and paintings
 EPOCH = 320  # pictures of the epochs that are computed, at the least
+quietly = functools.partial(contextlib.redirect_stdout, io.StringIO())
 new_process = functools.partial(  # spawned, since CUDA does not outlive a fork
     ProcessPoolExecutor, max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-passes = {}  # in the process of a row: {kind: function of the number of steps}
+passes = {}  # in the process of a row: {(row, kind): function}
 
 
 def paint(path, size):
@@ -69,12 +69,18 @@ def paint(path, size):
     Image.fromarray((image + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
+def find(folder):
+    """Return {"Style/name.jpg": stamp} of the pictures in a folder."""
+    with quietly():
+        return train_model.find_paintings(folder)
+
+
 def gather(folder, count, own=None, size=(800, 640)):
     """Fill a folder with painted originals, or with links to evenly chosen pictures of `own`.
 
     All names end in .jpg, for ImageFolder passes over other endings that train_model knows.
     """
-    found = list(train_model.list_pictures(own)) if own else range(count)
+    found = list(find(own)) if own else range(count)
     files = [folder / f"style-{number % 4}" / f"{number}.jpg"
              for number in range(min(count, len(found)))]
     for number, file in enumerate(files):
@@ -92,18 +98,15 @@ def gather(folder, count, own=None, size=(800, 640)):
 
 def plain_script(options):
     """Return passes over the originals, as an ordinary script has them."""
-    from torchvision import datasets, transforms  # train_model sees to it that this imports
-
-    device, size = torch.device(options.device), options.image_size
-    mean, std = train_model.IMAGENET_MEAN, train_model.IMAGENET_STD
-    tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    device, size = "cuda" if torch.cuda.is_available() else "cpu", options.image_size
+    normal = transforms.Normalize(train_model.IMAGENET_MEAN, train_model.IMAGENET_STD)
     varied = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     central = [transforms.Resize(size), transforms.CenterCrop(size)]
     train_loader, test_loader = (
-        DataLoader(Subset(datasets.ImageFolder(options.originals,
-                                               transforms.Compose(steps + tensor)), range(count)),
+        DataLoader(Subset(datasets.ImageFolder(options.originals, transforms.Compose(
+                       [*steps, transforms.ToTensor(), normal])), range(count)),
                    options.batch_size, shuffle=steps is varied, num_workers=options.workers,
-                   pin_memory=device.type == "cuda",
+                   pin_memory=device == "cuda",
                    persistent_workers=options.workers > 0)  # to start them weighs in short epochs
         for steps, count in ((varied, options.pictures), (central, 2 * options.pictures)))
     model = train_model.ArtClassifier(CLASSES).to(device)
@@ -111,10 +114,10 @@ def plain_script(options):
     model.features.std.fill_(1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
 
-    def train(steps):
+    def train():
         model.train()
         total = 0
-        for images, labels in itertools.islice(train_loader, steps):
+        for images, labels in train_loader:
             images, labels = images.to(device), labels.to(device)
             loss = nn.functional.cross_entropy(model(images), labels)
             optimizer.zero_grad()
@@ -123,69 +126,67 @@ def plain_script(options):
             total += loss.item()
 
     @torch.no_grad()
-    def evaluate(steps):
+    def evaluate():
         model.eval()
         right = 0
-        for images, labels in itertools.islice(test_loader, steps):
+        for images, labels in test_loader:
             right += (model(images.to(device)).argmax(1) == labels.to(device)).sum().item()
 
-    def save(_):
+    def save():
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, options.originals.with_name("plain.pth"))
 
     return {"training": train, "evaluation": evaluate, "saving": save}
 
 
-def as_torchvision(model):
-    """Return a copy that evaluates as torchvision's ResNet does: eager, in place, norms apart."""
-    plain = copy.deepcopy(model).eval()
-    plain.features.resnet.relu.inplace = True
-    for module in plain.modules():
-        if isinstance(module, train_model.ResidualBlock):
-            module.__class__ = train_model.Bottleneck
-    return plain
+class InMemory:
+    """A loader whose batches are one and the same, on the device already."""
+
+    def __init__(self, loader, device):
+        self.dataset, self.batch_sampler = loader.dataset, loader.batch_sampler
+        self.batch = [part.to(device) for part in next(iter(loader))]
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        return itertools.repeat(self.batch, len(self))
 
 
 def this_project(options, in_memory=False):
     """Return passes by train_model's functions, over small copies or one batch in memory."""
-    device, precision = train_model.choose_device()
-    model = train_model.to_device(
-        train_model.ArtClassifier(CLASSES, dropout=0.3), device, precision)
+    model = train_model.ArtClassifier(CLASSES, dropout=0.3)
+    device = train_model.move_to_fastest(model)
     optimizer = train_model.make_optimizer(model, 1e-5, 1, 0.05)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-    paths = list(train_model.list_pictures(options.originals))
-    labels = [number % CLASSES for number in range(len(paths))]
-    paintings = train_model.Paintings(options.small_dir, paths, labels, options.image_size)
-    batches, epochs = train_model.Batches(options.batch_size), itertools.count(1)
-    workers = 0 if in_memory else options.workers
-    loader = train_model.make_loader(paintings, batches, workers, device)
-    if in_memory:
-        batches.keep_order(range(options.batch_size))
-        batch = [part.to(device) for part in next(iter(loader))]
-        nothing = defaultdict(int)  # a data set without work; all keys of a batch become `batch`
-        loader = DataLoader(nothing, batch_sampler=batches, collate_fn=lambda _: batch)
+    scaler = torch.amp.GradScaler(device.type, enabled=model.precision is torch.float16)
+    labels = {path: number % CLASSES for number, path in enumerate(find(options.originals))}
+    copies = train_model.copies_folder(options.small_dir, options.image_size)
+    loaders = []
+    for count, seed in ((options.pictures, 0), (2 * options.pictures, None)):
+        chosen = list(labels)[:count]
+        paintings = train_model.Paintings(copies, {path: labels[path] for path in chosen},
+                                          dict(zip(chosen, chosen)), options.image_size, seed)
+        loaders.append(train_model.make_loader(
+            paintings, options.batch_size, 0 if in_memory else options.workers, device))
+    train_loader, test_loader = [InMemory(loader, device) if in_memory else loader
+                                 for loader in loaders]
+    rates = [1.0] * len(train_loader)
 
-    def train(steps):
-        batches.shuffle(range(steps * options.batch_size), next(epochs))
-        model.start_training(frozen=False)
-        train_model.train_epoch(model, loader, optimizer, scaler, [1.0] * steps, "")
+    def train():
+        train_loader.batch_sampler.epoch += 1
+        model.start_training(frozen=False, fixed_norms=True)
+        train_model.train_epoch(model, train_loader, optimizer, scaler, rates, "")
 
-    def evaluate(steps, fold=train_model.fold_norms):
-        batches.keep_order(range(steps * options.batch_size))
-        train_model.evaluate(fold(model), loader, "")
+    def evaluate():
+        train_model.evaluate(model, test_loader, "")
 
-    def save(_):
-        settings = argparse.Namespace(output_dir=options.originals.parent, epochs=1, fresh=False)
-        split = {part: dict(zip(paths, labels)) for part in train_model.PARTS}
-        run = {"class_names": [str(label) for label in range(CLASSES)], "split": split,
-               "split_from": "", "artists": {}, "settings": {}, "versions": {},
+    def save():
+        run = {"class_names": [], "split": dict.fromkeys(train_model.PARTS, labels),
                "history": [{"validation_accuracy": 0.0}]}  # the best so far
-        train_model.save_run(run, model, optimizer, scaler, settings)
+        train_model.save_epoch(run, model, optimizer, scaler, options.originals.parent)
 
-    if in_memory:
-        other = functools.partial(evaluate, fold=as_torchvision)
-        return {"training": train, "evaluation": evaluate, "torchvision": other}
-    return {"training": train, "evaluation": evaluate, "saving": save}
+    kinds = {"training": train, "evaluation": evaluate}
+    return kinds if in_memory else kinds | {"saving": save}
 
 
 ROWS = {"plain script": plain_script, "this project": this_project,
@@ -194,22 +195,22 @@ ROWS = {"plain script": plain_script, "this project": this_project,
 
 def set_up(row, options):
     """Build the passes of a row in its process, warm them up, and return their kinds."""
-    passes.update(ROWS[row](options))
-    for kind in passes:
-        measure(kind, 1, options)
-    return list(passes)
+    kinds = ROWS[row](options)
+    passes.update({(row, kind): function for kind, function in kinds.items()})
+    for kind in kinds:
+        measure(row, kind)
+    return list(kinds)
 
 
-def measure(kind, steps, options):
-    """Return the paintings per second of a pass of so many steps; evaluating, of twice as many."""
-    steps *= 2 if kind in ("evaluation", "torchvision") else 1
-    wait = torch.cuda.synchronize if options.device == "cuda" else int
+def measure(row, kind):
+    """Return the seconds that a pass takes."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
     wait()
     os.sync()  # what other rows saved is not for this one to wait for
     begun = time.perf_counter()
-    passes[kind](steps)
+    passes[row, kind]()
     wait()
-    return steps * options.batch_size / (time.perf_counter() - begun)
+    return time.perf_counter() - begun
 
 
 def peaks():
@@ -226,60 +227,69 @@ def end():
 
 
 def take_turns(options):
-    """Return {(row, kind): [paintings per second]}, a value a round, and {row: peaks}."""
-    steps = options.pictures // options.batch_size
+    """Return {(row, kind): [seconds of a pass]}, one a round, and {row: peaks}."""
     with contextlib.ExitStack() as stack:
         pools = {row: stack.enter_context(new_process()) for row in ROWS}
         for pool in pools.values():
             pool.submit(int)  # they import what they need side by side
-        rates = {(row, kind): [] for row, pool in pools.items()
-                 for kind in pool.submit(set_up, row, options).result()}
-        turns = sorted(rates, key=lambda turn: turn[1])  # the rows of a kind after one another
+        seconds = {(row, kind): [] for row, pool in pools.items()
+                   for kind in pool.submit(set_up, row, options).result()}
+        turns = sorted(seconds, key=lambda turn: turn[1])  # the rows of a kind after one another
         for number in range(options.rounds):
-            for row, kind in turns if number % 2 else reversed(turns):
-                rates[row, kind].append(pools[row].submit(measure, kind, steps, options).result())
-        return rates, {row: pool.submit(end).result() for row, pool in pools.items()}
+            for turn in turns if number % 2 else reversed(turns):
+                seconds[turn].append(pools[turn[0]].submit(measure, *turn).result())
+        return seconds, {row: pool.submit(end).result() for row, pool in pools.items()}
 
 
 # ----------------------------------------------------------------------------- preparing and start
 
 
-def measure_preparing(folder, rounds):
-    """Return the rates of prepare() on the originals, on large ones, and on those without draft.
+def measure_preparing(folder, options):
+    """Return the rates of preparing the originals, large ones, and these without draft.
 
     It leaves the small copies of the originals in small-0.
     """
     gather(folder / "large", 16 * train_model.cores(), size=(1600, 1280))
     draft, rates = JpegImageFile.draft, []
     ways = [("originals", draft), ("large", draft), ("large", lambda *_: None)]
-    for name, JpegImageFile.draft in ways * 2 * rounds:
-        found, small_dir = train_model.list_pictures(folder / name), folder / f"small-{len(rates)}"
+    for name, JpegImageFile.draft in ways * 2 * options.rounds:
+        found, small_dir = find(folder / name), folder / f"small-{len(rates)}"
         begun = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            if bad := train_model.prepare(found, folder / name, small_dir):
-                raise ValueError(f"pictures cannot be used: {bad}")
+        with quietly():
+            bad = train_model.prepare_copies(
+                found, folder / name, train_model.copies_folder(small_dir, options.image_size))
+        if bad:
+            raise ValueError(f"pictures cannot be used: {bad}")
         rates.append(len(found) / (time.perf_counter() - begun))
+    JpegImageFile.draft = draft
     return [median(rates[way::len(ways)]) for way in range(len(ways))]
 
 
-def link_wikiart(folder):
-    """Make as many originals and small copies as WikiArt has, all links to a file a style."""
-    for style in range(CLASSES):  # file systems allow some 65,000 links to one file
-        places = [folder / kind / f"style-{style}" for kind in ("data", "small")]
-        for place in places:
-            place.mkdir(parents=True)
-        paint(folder / f"{style}.jpg", (320, 320))
-        for number, place in itertools.product(range(style, WIKIART, CLASSES), places):
-            os.link(folder / f"{style}.jpg", place / f"artist-{number % 1119}_title-{number}.jpg")
+def measure_start(folder, options):
+    """Return the seconds and MB that EPOCHS = 0 takes over the imports, with WikiArt's files.
 
-
-def measure_start(folder):
-    """Return the seconds and MB that EPOCHS = 0 takes over the imports alone."""
-    before, begun = peaks()[0], time.perf_counter()
-    flags = [f"--{name}-dir={folder / name}" for name in ("data", "small", "output", "lists")]
-    with contextlib.redirect_stdout(io.StringIO()):
-        if train_model.main(["--epochs=0", *flags]):
-            raise RuntimeError("EPOCHS = 0 failed")
+    They are links to one original and one small copy a style: file systems allow some 65,000.
+    """
+    before = peaks()[0]
+    data, small = folder / "data", folder / "small"
+    for style in range(CLASSES):
+        (data / f"style-{style}").mkdir(parents=True)
+        paint(data / f"style-{style}" / f"{style}.jpg", (320, 320))
+    copies = train_model.copies_folder(small, options.image_size)
+    with quietly():
+        train_model.prepare_copies(find(data), data, copies)
+    for number in range(WIKIART - CLASSES):
+        style = number % CLASSES
+        for place in (data, copies):
+            file = place / f"style-{style}" / f"{style}.jpg"
+            os.link(file, file.with_name(f"artist-{number % 1119}_title-{number}.jpg"))
+    begun = time.perf_counter()
+    with quietly():
+        code = train_model.main([
+            "--epochs=0", "--lists-dir=none", f"--image-size={options.image_size}",
+            f"--data-dir={data}", f"--small-dir={small}", f"--output-dir={folder / 'output'}"])
+    if code:
+        raise RuntimeError("EPOCHS = 0 failed")
     return time.perf_counter() - begun, peaks()[0] - before
 
 
@@ -288,42 +298,31 @@ def measure_start(folder):
 
 def read_flags():
     """Return the flags, with what depends on the device filled in."""
+    pictures, batch_size = (4096, 128) if torch.cuda.is_available() else (32, 16)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="[CUDA where it is there]")
     parser.add_argument("--folder", type=Path, help="pictures of one's own, in folders")
-    parser.add_argument("--pictures", type=int,
-                        help="in a pass of training; evaluation takes twice as many "
-                        "[32 on a CPU, 4096 on CUDA]")
-    parser.add_argument("--batch-size", type=int,
-                        help="pictures in a step [16 on a CPU, 128 on CUDA]")
-    parser.add_argument("--image-size", type=int, default=224, help="in pixels [224]")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each row [3]")
-    parser.add_argument("--workers", type=int, default=train_model.cores(),
-                        help="processes that load pictures, for each row [one per core]")
+    for name, default, words in (
+        ("pictures", pictures, "in a pass of training; evaluation takes twice as many"),
+        ("batch-size", batch_size, "pictures in a step"),
+        ("image-size", 224, "in pixels"),
+        ("rounds", 3, "turns of each row"),
+        ("workers", train_model.cores(), "processes that load pictures, for each row"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{words} [{default}]")
     parser.add_argument("--skip-start", action="store_true",
                         help="do not measure the start with 81,446 files")
-    options = parser.parse_args()
-    if options.folder and not options.folder.is_dir():
-        parser.error(f"there is no folder {options.folder}")
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for choose_device(), in the rows too
-    device, options.precision = train_model.choose_device()
-    if options.device not in (None, device.type):
-        parser.error("there is no CUDA here")
-    options.device = device.type
-    pictures, batch_size = (4096, 128) if device.type == "cuda" else (32, 16)
-    options.pictures = options.pictures or pictures
-    options.batch_size = options.batch_size or batch_size
-    return options
+    return parser.parse_args()
 
 
 def print_header(options):
     """Print what the numbers depend on."""
     cpu = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
-    gpu = torch.cuda.get_device_name() if options.device == "cuda" else "no GPU"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    probe = nn.Identity()
+    train_model.move_to_fastest(probe)
     print(f"{date.today()}  python {shlex.join(sys.argv)}")
     print(f"{cpu.strip()[2:] or 'CPU'}, {train_model.cores()} cores, {gpu}; this project in "
-          f"{options.precision or torch.float32}")
+          f"{getattr(probe, 'precision', torch.float32)}")
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision "
           f"{train_model.torchvision.__version__}, Pillow {PIL.__version__}")
     print(f"{options.pictures} pictures in training, {2 * options.pictures} in evaluation, image "
@@ -331,35 +330,30 @@ def print_header(options):
           f"{options.rounds} rounds, load average {os.getloadavg()[0]:.1f} at the start\n")
 
 
-def print_ratio(title, ours, others):
-    """Print how one row's rates compare, round by round: median, least and most."""
-    shares = [our / other for our, other in zip(ours, others)]
-    print(f"{title:48}{median(shares):.3f}  ({min(shares):.3f} to {max(shares):.3f})")
-
-
-def print_table(rates, memory, preparing, pictures):
-    """Print the rows, and the rates as shares of one another."""
+def print_table(seconds, memory, preparing, pictures):
+    """Print the rates of the rows, and as shares of one another."""
+    rates, epoch = {}, max(pictures, EPOCH)
     for row in memory:
-        trained, evaluated = rates[row, "training"], rates[row, "evaluation"]
-        saved = rates.get((row, "saving"), [math.inf] * len(trained))
-        share = pictures / max(pictures, EPOCH)  # of the time to save that falls on a pass
-        rates[row, "epochs"] = [1 / (1 / train + 1 / 8 / evaluate + share / save)
-                                for train, evaluate, save in zip(trained, evaluated, saved)]
+        rates[row, "training"] = [pictures / second for second in seconds[row, "training"]]
+        rates[row, "evaluation"] = [2 * pictures / second for second in seconds[row, "evaluation"]]
+        rates[row, "epochs"] = [
+            epoch / (epoch / train + epoch / 8 / evaluate + save) for train, evaluate, save in zip(
+                rates[row, "training"], rates[row, "evaluation"],
+                seconds.get((row, "saving"), itertools.repeat(0)))]
+    kinds = ("training", "evaluation", "epochs")
     print("paintings/s    preparing  training  evaluation  epochs   peak RAM   peak GPU")
     for row, (ram, gpu) in memory.items():
-        print(f"{row:12} {f'{preparing:.1f}' if row == 'this project' else '-':>11}"
-              f"{median(rates[row, 'training']):10.1f}{median(rates[row, 'evaluation']):12.1f}"
-              f"{median(rates[row, 'epochs']):8.1f}"
-              f"{ram:8.0f} MB" + (f"{gpu:8.0f} MB" if gpu else f"{'-':>11}"))
+        train, evaluate, epochs = (median(rates[row, kind]) for kind in kinds)
+        print(f"{row:12} {f'{preparing:.1f}' if row == 'this project' else '-':>11}{train:10.1f}"
+              f"{evaluate:12.1f}{epochs:8.1f}{ram:8.0f} MB"
+              + (f"{gpu:8.0f} MB" if gpu else f"{'-':>11}"))
     print("\nratios of the rates, round by round: median (lowest to highest)")
-    for kind in ("training", "evaluation", "epochs"):
-        for row in ("plain script", "ceiling"):
-            print_ratio(f"{kind}, this project / {row}:",
-                        rates["this project", kind], rates[row, kind])
-    print_ratio("evaluation, ceiling / torchvision's ResNet:",
-                rates["ceiling", "evaluation"], rates["ceiling", "torchvision"])
-    seconds = pictures / median(rates["this project", "saving"])
-    print(f"\nsaving both checkpoints after an epoch: {seconds:.2f} s")
+    for kind, row in itertools.product(kinds, ("plain script", "ceiling")):
+        shares = [our / other for our, other in zip(rates["this project", kind], rates[row, kind])]
+        print(f"{f'{kind}, this project / {row}:':42}{median(shares):.3f}  "
+              f"({min(shares):.3f} to {max(shares):.3f})")
+    print(f"\nsaving both checkpoints after an epoch: "
+          f"{median(seconds['this project', 'saving']):.2f} s")
 
 
 def main():
@@ -374,16 +368,13 @@ def main():
         options.batch_size = min(options.batch_size, options.pictures)
         options.pictures -= options.pictures % options.batch_size  # so that all steps are alike
         print_header(options)
-        with new_process() as pool:
-            preparing, large, whole = pool.submit(
-                measure_preparing, folder, options.rounds).result()
+        preparing, large, whole = measure_preparing(folder, options)
         print_table(*take_turns(options), preparing, options.pictures)
         print(f"preparing originals of 1600 x 1280: {large:.1f} paintings/s, and "
               f"{whole:.1f} where every pixel is decoded")
         if not options.skip_start:
-            link_wikiart(folder)
             with new_process() as pool:
-                seconds, megabytes = pool.submit(measure_start, folder).result()
+                seconds, megabytes = pool.submit(measure_start, folder, options).result()
             print(f"EPOCHS = 0 with {WIKIART:,} small copies ready: {seconds:.2f} s and "
                   f"{megabytes:.0f} MB more than the imports")
 

@@ -1,7 +1,10 @@
 """What several test files use: a tiny network, the real paintings, and one small finished run."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for tests run side by side
 
 import pytest
 from torchvision.models import resnet50

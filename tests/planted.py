@@ -76,11 +76,13 @@ def main():
     parser.add_argument("lists_dir", type=Path)
     options, flags = parser.parse_known_args()
     data_dir = options.data_dir
-    lists = train_model.read_lists(options.lists_dir, "style")
-    if lists is None:
-        sys.exit(f"error: planting takes the style lists, and {options.lists_dir} has none")
-    class_names, listed = lists
-    used = sorted(set(listed["train"].values()) | set(listed["test"].values()))
+    try:
+        class_names, labels, test_list = train_model.read_lists(options.lists_dir, "style")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    listed = {"train": {path: label for path, label in labels.items() if path not in test_list},
+              "test": {path: labels[path] for path in labels if path in test_list}}
+    used = sorted(set(labels.values()))
     with tempfile.TemporaryDirectory() as name:
         rows = train_and_test(data_dir, class_names, listed, Path(name, "plain"), flags)
         taken = Counter((row["class"], row["predicted"]) for row in rows.values())

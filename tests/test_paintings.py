@@ -18,10 +18,8 @@ import pytest
 from PIL import Image
 
 import train_model as tm
-from tests.conftest import QUICK, folders
+from tests.conftest import QUICK, ROOT, folders
 from tests.paintings import paint, paint_artgan, write_lists
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def jpeg(path, size=(400, 360), colour=(200, 30, 60), **options):
@@ -134,16 +132,16 @@ def test_copies_for_several_image_sizes_live_side_by_side(tmp_path, capsys):
         assert Image.open(tmp_path / f"small/{side}" / path).size == size
 
 
-def test_a_disk_too_small_for_the_copies_is_noticed_early(tmp_path, capsys, monkeypatch):
-    for number in range(200):
+def test_a_disk_too_small_for_the_copies_is_noticed_early(tmp_path, monkeypatch):
+    for number in range(300):
         jpeg(tmp_path / f"wikiart/A/{number}.jpg", (30, 20))
     usage = tm.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(tm.shutil, "disk_usage", lambda _: usage._replace(free=9_999))
     with pytest.raises(OSError, match="0.0 GB are free: choose a SMALL_DIR on another disk"):
         prepare(tmp_path)
-    assert 100 <= len(copies(tmp_path)) < 200
+    assert 100 <= len(copies(tmp_path)) < 300
     monkeypatch.undo()
-    assert prepare(tmp_path) == {} and len(copies(tmp_path)) == 200
+    assert prepare(tmp_path) == {} and len(copies(tmp_path)) == 300
 
 
 def test_preparing_waits_for_another_process(tmp_path):

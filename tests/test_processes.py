@@ -1,4 +1,4 @@
-"""Several processes by torchrun: the same split, the same counts, the same accuracy."""
+"""Several processes by torchrun: what the first says is done, and it is what one alone does."""
 
 import csv
 import os
@@ -7,156 +7,172 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import test_model
 import train_model as tm
-from tests.conftest import QUICK, folders
+from tests.conftest import QUICK, TINY, folders
 
 ROOT = Path(__file__).resolve().parent.parent
-DIFFERENT = "error: the processes see different settings, paintings or checkpoints: "
+START = (f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n{TINY}"
+         "rank = os.environ['RANK']\n")
+# Prints the norm of each step's gradient, of all processes; and before an evaluation whether all
+# have the same weights and statistics.
+WATCHED = """
+import torch
+clip, evaluate = torch.nn.utils.clip_grad_norm_, tm.evaluate
+
+def clip_and_print(*given):
+    norm = clip(*given)
+    print(f"norm {norm.item():.6g}")
+    return norm
+
+def evaluate_alike(model, *given):
+    if tm.world_size() > 1:
+        sums = [None] * 2
+        own = [value.double().sum().item() for value in model.state_dict().values()]
+        torch.distributed.all_gather_object(sums, own)
+        print("alike" if sums[0] == sums[1] else f"different {sums}")
+    return evaluate(model, *given)
+
+torch.nn.utils.clip_grad_norm_, tm.evaluate = clip_and_print, evaluate_alike
+"""
 
 
-def torchrun(script, *flags, code=None, count=2):
-    """Run a script in so many processes on the CPU, or code that calls its main."""
-    if code:
-        flags = (str(script), *flags)
-        script = flags[0]
-        Path(script).write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n")
-        flags = flags[1:]
+def torchrun(script, code):
+    """Run code, with the tiny network, in two processes on the CPU; return the finished process."""
+    script.write_text(START + code, encoding="utf-8")
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(count), str(script), *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
-        timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
 
 
-def accuracies(text):
-    return re.findall(r"Test accuracy: .*", text)
+def norms(text):
+    return [float(norm) for norm in re.findall(r"(?m)^norm (\S+)", text)]
 
 
 @pytest.fixture(scope="module")
-def pair(finished, tmp_path_factory):
-    """Return a folder in which two processes have trained one epoch, their output, and flags.
+def together(finished, tmp_path_factory):
+    """Return what two processes print that train, test, and go on with another's run, and flags.
 
-    Each time before they evaluate, both must have the same weights.
+    The second has other flags throughout. Norms are fixed in the first run, and nothing is dropped,
+    so that shares of a batch can be compared with the whole.
     """
-    folder = tmp_path_factory.mktemp("pair")
+    folder = tmp_path_factory.mktemp("together")
+    torch.manual_seed(6)
+    torch.save(tm.resnet50().state_dict(), folder / "resnet.pth")
     shutil.copytree(finished.folder / "wikiart", folder / "wikiart")
-    flags = [*folders(folder), *QUICK]
-    code = ("import train_model as tm\n"
-            "evaluate = tm.evaluate\n"
-            "def evaluate_alike(model, *given):\n"
-            "    tm.check_alike(*(value.double().sum().item() for value in model.parameters()))\n"
-            "    return evaluate(model, *given)\n"
-            "tm.evaluate = evaluate_alike\n"
-            "sys.exit(tm.main(sys.argv[1:]))")
-    run = torchrun(folder / "run.py", *flags, "--epochs", "1", code=code)
-    assert run.returncode == 0, run.stderr
-    return folder, flags, run.stdout
-
-
-def test_two_processes_train_as_one_says_it(pair, finished):
-    folder, _, out = pair
-    assert out.count("epoch 1/1: training loss") == 1 and out.count("small copies: 40 written") == 1
-    together = tm.load_checkpoint(folder / "out/model_last.pth")
-    alone = tm.load_checkpoint(finished.out / "model_last.pth")
-    assert together["split"] == alone["split"]
-    # the same batches and crops, so nearly the same loss; norms see halves of the batches
-    loss = together["history"][0]["training_loss"]
-    assert loss == pytest.approx(alone["history"][0]["training_loss"], rel=0.25)
-
-
-def test_two_processes_test_as_one(pair, capsys):
-    folder, flags, _ = pair
+    flags = [*folders(folder), *QUICK, "--weights", str(folder / "resnet.pth"), "--dropout", "0",
+             "--frozen-epochs", "0", "--epochs", "1"]
     places = [*flags[:2], *flags[4:8], "--workers", "0"]
-    run = torchrun(ROOT / "test_model.py", *places)
+    shutil.copytree(finished.out, folder / "others")
+    going_on = [*finished.flags, "--output-dir", str(folder / "others"), "--epochs", "3"]
+    other = ["--batch-size", "7", "--seed", "3", "--epochs", "9", "--data-dir", "nowhere",
+             "--output-dir", str(folder / "elsewhere"), "--workers", "1"]
+    code = f"""{WATCHED}
+tm.distributed.destroy_process_group = lambda: None
+other = {other!r} if rank == "1" else []
+print("### train")
+assert tm.main([*{flags!r}, *other]) == 0
+tm.join_processes = lambda: None  # they still are
+print("### test")
+other = [flag for flag in other if flag not in ("--seed", "3", "--epochs", "9")]
+assert test_model.main([*{places!r}, *other]) == 0
+print("### go on")
+assert tm.main([*{going_on!r}, *other]) == 0
+"""
+    run = torchrun(folder / "run.py", code)
     assert run.returncode == 0, run.stderr
-    with open(folder / "out/predictions.csv", newline="") as file:
-        together = list(csv.DictReader(file))
-    assert test_model.main(places) == 0
-    with open(folder / "out/predictions.csv", newline="") as file:
-        alone = list(csv.DictReader(file))
-    assert accuracies(run.stdout) == accuracies(capsys.readouterr().out)
-    assert [(row["path"], row["predicted"]) for row in together] == [
-        (row["path"], row["predicted"]) for row in alone]
+    printed = dict(part.split("\n", 1) for part in run.stdout.split("### ")[1:])
+    return SimpleNamespace(folder=folder, flags=flags, places=places, going_on=going_on,
+                           printed=printed)
 
 
-def test_going_on_with_another_number_of_processes(pair):
-    folder, flags, _ = pair
-    assert tm.main([*flags, "--epochs", "2"]) == 0
-    run = torchrun(ROOT / "train_model.py", *flags, "--epochs", "3")
-    assert run.returncode == 0, run.stderr
-    assert tm.load_checkpoint(folder / "out/model_last.pth")["epoch"] == 3
+def test_two_processes_train_as_one(together, tmp_path, monkeypatch, capsys):
+    """The same split, batches, crops and gradients, all of them by the first process's flags."""
+    out, folder = together.printed["train"], together.folder
+    assert out.count("epoch 1/1: training loss") == 1 and out.count("small copies: 40 written") == 1
+    assert out.count("alike\n") == 1 and not (folder / "elsewhere").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
+        patch.setattr(tm, "evaluate", tm.evaluate)
+        exec(WATCHED, {"tm": tm})
+        assert tm.main([*together.flags, "--output-dir", str(tmp_path)]) == 0
+    assert len(norms(out)) == 4
+    assert norms(out) == pytest.approx(norms(capsys.readouterr().out), rel=2e-3)
+    joint, alone = (tm.load_checkpoint(path / "model_last.pth")
+                    for path in (folder / "out", tmp_path))
+    for name in ("split", "settings", "class_names", "split_source"):
+        assert joint[name] == alone[name]
+    for name in ("training_loss", "validation_loss"):
+        assert joint["history"][0][name] == pytest.approx(alone["history"][0][name], rel=2e-3)
 
 
-def with_other_flags(*others):
-    """Return code in which the second process has further flags, as on another machine."""
-    return ("import os, train_model, test_model\nflags = sys.argv[1:]\n"
-            f"flags += {list(map(str, others))} * int(os.environ['RANK'])\n")
+def test_two_processes_test_as_one(together, capsys):
+    table = together.folder / "out/predictions.csv"
+
+    def rows():
+        with open(table, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    two = rows()
+    table.unlink()
+    assert test_model.main(together.places) == 0
+    assert len(two) == 5 and [row | {"probability": 0, "class_probability": 0} for row in two] == [
+        row | {"probability": 0, "class_probability": 0} for row in rows()]
+    for name in ("probability", "class_probability"):
+        assert [float(row[name]) for row in two] == pytest.approx(
+            [float(row[name]) for row in rows()], abs=1e-4)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Test accuracy: ") and together.printed["test"].splitlines()[-1] == last
 
 
-def test_different_paintings_are_an_error(pair, tmp_path):
-    """The second process sees another folder, in training and in testing."""
-    folder, flags, _ = pair
-    shutil.copytree(folder / "wikiart", tmp_path / "wikiart")
-    for path in tm.load_checkpoint(folder / "out/model_best.pth")["test"]:
-        (tmp_path / "wikiart" / path).unlink()
-        break
-    code = with_other_flags("--data-dir", tmp_path / "wikiart")
-    run = torchrun(tmp_path / "run.py", *flags, "--output-dir", tmp_path / "out", "--epochs", "1",
-                   code=code + "sys.exit(train_model.main(flags))")
-    assert run.returncode != 0 and DIFFERENT in run.stderr
-    assert not (tmp_path / "out/model_last.pth").exists()
-    run = torchrun(tmp_path / "run.py", *flags[:2], *flags[4:8], "--workers", "0",
-                   code=code + "sys.exit(test_model.main(flags))")
-    assert run.returncode != 0 and DIFFERENT in run.stderr
-    assert not accuracies(run.stdout)
+def test_going_on_with_another_number_of_processes(together):
+    """A run of one process goes on in two, whose norms see shares of batches, and in one again."""
+    out = together.printed["go on"]
+    assert out.count("going on after epoch 2") == 1 and out.count("epoch 3/3: training loss") == 1
+    assert out.count("alike\n") == 1
+    assert tm.main([*together.going_on, "--epochs", "4"]) == 0
+    last = tm.load_checkpoint(together.folder / "others/model_last.pth")
+    assert [row["epoch"] for row in last["history"]] == [1, 2, 3, 4]
 
 
-def test_different_settings_are_an_error(pair, tmp_path):
-    """Other batches on the second machine would leave both waiting for ever."""
-    run = torchrun(tmp_path / "run.py", *pair[1], "--output-dir", tmp_path / "out", "--epochs", "1",
-                   code=with_other_flags("--batch-size", 7) + "sys.exit(train_model.main(flags))")
-    assert run.returncode != 0 and DIFFERENT in run.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_error_of_the_first_process_ends_the_others_without_a_traceback(pair, tmp_path):
-    code = ("import os, time, train_model\n"
-            "def fail(*_):\n    raise OSError('the disk is full')\n"
-            "train_model.prepare = fail\n"
-            "code = train_model.main(sys.argv[1:])\n"
-            "if os.environ['RANK'] == '0':\n"  # which outlives the other: torchrun would stop that
-            "    train_model.distributed.destroy_process_group()\n    time.sleep(4)\n"
-            "sys.exit(code)")
-    run = torchrun(tmp_path / "run.py", *pair[1], "--output-dir", tmp_path / "out", "--epochs", "1",
-                   code=code)
-    assert run.returncode != 0 and "error: the disk is full" in run.stderr
-    assert "error: another process stopped" in run.stderr and "rank1]: Trace" not in run.stderr
-
-
-def test_one_process_classifies_ones_own_pictures(pair, tmp_path):
-    folder, flags, _ = pair
+def test_an_error_of_the_first_process_ends_the_others_without_a_traceback(together, tmp_path):
+    """And one process alone classifies one's own pictures, one of which is none."""
     (tmp_path / "junk.jpg").write_text("no picture")
-    run = torchrun(ROOT / "test_model.py", tmp_path, folder / "wikiart/Cubism", *flags[4:8])
+    flags = [str(tmp_path), str(together.folder / "wikiart/Cubism"), *together.places]
+    run = torchrun(tmp_path / "run.py", f"""
+def end_later(code, end=os._exit):  # else torchrun stops the other, perhaps before it says a word
+    tm.distributed.destroy_process_group()
+    time.sleep(3)
+    end(code)
+
+if rank == "0":
+    os._exit = end_later
+sys.exit(test_model.main({flags!r}))
+""")
     assert run.returncode != 0 and run.stderr.count("junk.jpg: cannot be read") == 1
     assert run.stdout.count(" %\n") == 8
+    assert run.stderr.count("error: 1 of 9 pictures could not be read") == 1
+    assert "another process stopped; its own message says why" in run.stderr
+    assert 'test_model.py", line' not in run.stderr and 'train_model.py", line' not in run.stderr
 
 
-def test_a_process_that_dies_ends_the_others(pair, tmp_path):
-    folder, flags, _ = pair
-    shutil.copytree(folder / "out", tmp_path / "out")
-    before = tm.load_checkpoint(tmp_path / "out/model_last.pth")["epoch"]
-    code = ("import os, signal, train_model\n"
-            "if os.environ['RANK'] == '1':\n"
-            "    train_model.train_epoch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "sys.exit(train_model.main(sys.argv[1:]))")
-    run = torchrun(tmp_path / "run.py", *flags, "--output-dir", tmp_path / "out", "--epochs", "9",
-                   code=code)
+def test_a_process_that_dies_ends_the_others(together, finished, tmp_path):
+    shutil.copytree(finished.out, tmp_path / "out")
+    before = (tmp_path / "out/model_last.pth").read_bytes()
+    run = torchrun(tmp_path / "run.py", f"""
+import signal
+if rank == "1":
+    tm.train_epoch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(tm.main({[*finished.flags, "--output-dir", str(tmp_path / "out"), "--epochs", "9"]!r}))
+""")
     assert run.returncode != 0 and "SIGKILL" in run.stderr
-    assert tm.load_checkpoint(tmp_path / "out/model_last.pth")["epoch"] == before
+    assert (tmp_path / "out/model_last.pth").read_bytes() == before
 
 
 def test_more_processes_than_gpus_is_an_error(monkeypatch, capsys):
@@ -168,22 +184,27 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch, capsys):
 
 
 def test_batches_that_cannot_be_shared_are_an_error(monkeypatch):
-    monkeypatch.setattr(tm, "processes", lambda: (3, 4))
-    with pytest.raises(ValueError, match="4 processes cannot share 2 paintings"):
-        tm.Batches(2).shuffle(range(10), 1)
+    monkeypatch.setattr(tm, "world_size", lambda: 4)
+    with pytest.raises(ValueError, match="4 processes cannot share .* 2 paintings.*BATCH_SIZE"):
+        tm.Batches(10, 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_shares_of_a_batch_are_the_batch(monkeypatch, count):
+@pytest.mark.parametrize("seed", [1, None])
+def test_shares_of_a_batch_are_the_batch(monkeypatch, count, seed):
+    def batches():
+        made = tm.Batches(43, 8, seed)
+        made.epoch = 2
+        return list(made), made.sizes
+
+    whole, sizes = batches()
+    monkeypatch.setattr(tm, "world_size", lambda: count)
     taken = []
-    for rank in range(count):
-        monkeypatch.setattr(tm, "processes", lambda rank=rank: (rank, count))
-        batches = tm.Batches(8, seed=1)
-        batches.shuffle(range(43), 2)
-        taken.append(list(batches))
-    monkeypatch.setattr(tm, "processes", lambda: (0, 1))
-    whole = tm.Batches(8, seed=1)
-    whole.shuffle(range(43), 2)
+    for number in range(count):
+        monkeypatch.setattr(tm, "rank", lambda number=number: number)
+        shares, same_sizes = batches()
+        assert same_sizes == sizes == [len(batch) for batch in whole]
+        taken.append(shares)
     for place, batch in enumerate(whole):
-        assert sorted(key for batches in taken for key in batches[place]) == sorted(batch)
+        assert sorted(key for shares in taken for key in shares[place]) == sorted(batch)
         assert abs(len(taken[0][place]) - len(taken[-1][place])) <= 1
