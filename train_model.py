@@ -1137,7 +1137,7 @@ def set_up(settings):
     places = locate(paths, found)
     report([path for path in paths if path not in places], "paintings of the run not on disk")
     report(sorted(found.keys() - set(places.values())), "paintings that are not of the run")
-    if not places:
+    if paths and not places:
         raise ValueError(f"{len(paths):,} paintings are listed, and none of them is in "
                          f"{settings.data_dir}, where the first is {min(found)}: do they belong "
                          "together?")

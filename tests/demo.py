@@ -25,7 +25,7 @@ def main():
     folders = ["--data-dir", originals, "--small-dir", folder / "wikiart_small",
                "--output-dir", folder]
     quick = ["--lists-dir", "none", "--weights", "none", "--image-size", "96",
-             "--batch-size", "16", "--epochs", "8"]
+             "--batch-size", "16", "--epochs", "6"]
     for command in (["train_model.py", *folders, *quick], ["test_model.py", *folders]):
         print("\n$ python", *command, flush=True)
         code = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode

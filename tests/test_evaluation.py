@@ -92,10 +92,10 @@ def test_the_yardsticks():
     split = {"train": {"A/x_1.jpg": 0, "A/x_2.jpg": 0, "B/x_3.jpg": 1, "B/y_1.jpg": 1},
              "validation": {"B/y_2.jpg": 1},
              "test": {"A/y_8.jpg": 0, "A/y_9.jpg": 0, "A/y_4.jpg": 0, "A/q_9.jpg": 0}}
-    labels = {"A/x_9.jpg": 0, "B/x_8.jpg": 1, "B/y_7.jpg": 1, "A/unknown_6.jpg": 0,
+    labels = {"A/x_9.jpg": 0, "A/x_8.jpg": 0, "B/y_7.jpg": 1, "A/unknown_6.jpg": 0,
               "B/other_5.jpg": 1}
     guesses = test_model.yardsticks(labels, split)
-    assert list(guesses.values()) == pytest.approx([3 / 5, 3 / 5])
+    assert list(guesses.values()) == pytest.approx([3 / 5, 4 / 5])
 
 
 @pytest.mark.parametrize("attribute,largest,share", [("style", 16.0, 81.0), ("genre", 21.7, 58.7)])
