@@ -428,7 +428,8 @@ def prepare_test(run, folder, settings):
     """
     train_model.check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
     found, listed = train_model.find_paintings(settings.data_dir), run["split"]["test"]
-    places = train_model.locate(listed, found)
+    of_all = train_model.locate([path for part in run["split"].values() for path in part], found)
+    places = {path: of_all[path] for path in listed if path in of_all}
     if places:  # else nothing is written
         tested = {place: found[place] for place in places.values()}
         bad = train_model.prepare_copies(tested, settings.data_dir, folder)

@@ -302,7 +302,7 @@ def locked(folder, taken, wait=False):
                     raise ValueError(taken) from error
                 print(taken)
                 fcntl.lockf(file, fcntl.LOCK_EX)
-            for left in folder.glob(("*/" if wait else "") + f".{'?' * 16}.tmp"):
+            for left in folder.glob(("*/" if wait else "") + f".{'[0-9a-f]' * 16}.tmp"):
                 left.unlink()
         yield
 
@@ -417,7 +417,8 @@ def read_lists(lists_dir, attribute):
              for path in folder.glob("*") if path.stem in wanted]
     files.sort(key=lambda path: wanted.index(path.stem))
     if [path.stem for path in files] != wanted:
-        there = sorted(str(path.relative_to(lists_dir)) for path in lists_dir.rglob("*"))
+        there = sorted(str(path.relative_to(lists_dir)) for pattern in ("*", "*/*")
+                       for path in lists_dir.glob(pattern))
         raise ValueError(f"{lists_dir} must hold {', '.join(wanted)} (.txt, .csv) once each, and "
                          f"has {', '.join(there[:9]) or 'nothing'}: see {ARTGAN}, or go without by "
                          "--lists-dir none")
@@ -463,14 +464,17 @@ def locate(paths, found):
 
     Some of ArtGAN's names are garbled, and a disk may hold such a name as listed, repaired, or with
     _ for each odd character. So a path that is not there exactly is looked for by its folder and
-    the ASCII letters and digits of its name, and is taken where one path and one file agree.
+    the ASCII letters and digits of its name, where they are most of it, and is taken where one path
+    and one file agree.
     """
     places = {path: path for path in paths if path in found}
 
     def by_spelling(names):
         groups = defaultdict(list)
         for name in names:
-            groups[style(name), re.sub("[^A-Za-z0-9]", "", file_name(name))].append(name)
+            letters = re.sub("[^A-Za-z0-9]", "", file_name(name))
+            if 2 * len(letters) > len(file_name(name)):
+                groups[style(name), letters].append(name)
         return groups
 
     files = by_spelling(path for path in found if path not in places)
@@ -547,15 +551,6 @@ def keep_usable(split, places, bad):
     return usable
 
 
-def report_split(split, class_names):
-    """Print the sizes of a split, and what is odd about it."""
-    sizes = ", ".join(f"{len(split[part]):,} {part}" for part in PARTS)
-    print(f"split: {sizes} paintings in {len(class_names)} classes")
-    used = set().union(*(split[part].values() for part in PARTS))
-    report([name for label, name in enumerate(class_names) if label not in used],
-           "classes without a painting")
-
-
 # ------------------------------------------------------------------------------------------- model
 
 
@@ -609,11 +604,12 @@ def load_tensors(path):
     """Load a file of torch.save; refuse one that is damaged or holds more than plain values."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    content = io.BytesIO(path.read_bytes())  # an error of the disk is none of the file
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
+        damaged = zipfile.ZipFile(content).testzip()  # torch does not look at the checksums
+        content.seek(0)
         if not damaged:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds; torch's words advise an unsafe load
         raise ValueError(f"{path} is refused: it is cut off, no PyTorch file, or holds more than "
                          "tensors and values, which could run code") from error
@@ -642,8 +638,9 @@ def load_resnet(resnet, weights):
                           ) from error
     else:
         tensors = load_tensors(path)
-    load_weights(resnet, {name: value for name, value in dict(tensors).items()
-                          if not name.startswith("fc.")}, path)
+    tensors = tensors if isinstance(tensors, dict) else {}
+    load_weights(resnet, {name: value for name, value in tensors.items()
+                          if not str(name).startswith("fc.")}, path)
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -714,7 +711,7 @@ class Paintings(Dataset):
         self.folder, self.image_size, self.seed, self.view = str(folder), image_size, seed, view
         # in one array each: lists of 81,446 objects would grow in every worker
         self.paths = np.array([small_name(places[path]) for path in labels])
-        self.labels = np.array(list(labels.values()))
+        self.labels = np.array(list(labels.values()), dtype=np.int64)
         crop = v2.RandomResizedCrop(image_size, scale=(0.35, 1))
         self.vary = v2.Compose([crop, v2.RandomHorizontalFlip()])
 
@@ -928,6 +925,7 @@ def train(run, model, split, places, settings):
                               places, settings.image_size, seed),
                     settings.batch_size, settings.workers, device)
         for part, seed in (("train", settings.seed), ("validation", None)))
+    iter(validation_loader)  # starts its workers while there is little memory to share with them
     validation_labels = torch.tensor(list(split["validation"].values()))
     print(f"device {device}, {model.precision or torch.float32}, "
           f"loader processes {loader.num_workers}")
@@ -1035,15 +1033,18 @@ def check_settings(settings):
     """Refuse settings that are of no use; make the folders absolute paths, None without lists."""
     least = {"epochs": 0, "batch_size": 1, "image_size": 64, "min_paintings": 1, "workers": -1,
              "frozen_epochs": 0, "seed": 0, "views": 1, "outliers_per_class": 1, "dropout": 0.0,
-             "learning_rate": 0.0, "backbone_rate": 0.0, "warmup_epochs": 0.0, "weight_decay": 0.0}
+             "learning_rate": 1e-9, "backbone_rate": 0.0, "warmup_epochs": 0.0, "weight_decay": 0.0}
     most = {"image_size": 512, "dropout": 0.99}
     choices = {"group_by": ("painting", "artist"), "batch_norms": ("fixed", "trained"),
                "views": (1, 3)}
     for name, value in vars(settings).items():
-        if name.endswith("_dir"):
-            missing = value == "wikiart_csv" and not os.path.exists(value)
-            path = Path(os.path.abspath(os.path.expanduser(value)))
-            setattr(settings, name, None if missing or value == "none" else path)
+        if name not in least and not isinstance(value, (str, list)):
+            raise ValueError(f"{name.upper()} must be text, not {value!r}")
+        missing = value == "wikiart_csv" and not os.path.exists(value)
+        if name == "lists_dir" and (value == "none" or missing):
+            settings.lists_dir = None
+        elif name.endswith("_dir"):
+            setattr(settings, name, Path(os.path.abspath(os.path.expanduser(value))))
         elif name in least:
             low, high = least[name], most.get(name, 10**9)
             if type(value) not in (int, type(low)) or not low <= value <= high:
@@ -1157,8 +1158,12 @@ def prepare(run, found, places, settings):
     bad = prepare_copies(found, settings.data_dir, folder)
     lines = "".join(f"{printable(path)}\t{bad[path]}\n" for path in sorted(bad))
     write_whole(settings.output_dir / "bad_files.txt", lines.encode("utf-8"))
-    split = keep_usable(run["split"], places, bad)
-    report_split(split, run["class_names"])
+    split, class_names = keep_usable(run["split"], places, bad), run["class_names"]
+    sizes = ", ".join(f"{len(split[part]):,} {part}" for part in PARTS)
+    print(f"split: {sizes} paintings in {len(class_names)} classes")
+    used = set().union(*(split[part].values() for part in PARTS))
+    report([name for label, name in enumerate(class_names) if label not in used],
+           "classes without a painting")
     return split
 
 

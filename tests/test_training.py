@@ -211,7 +211,7 @@ def test_a_failed_download_says_what_to_do(small_artgan, capsys, monkeypatch, tm
 
 
 def test_constants_of_a_wrong_type_are_errors(capsys, monkeypatch):
-    for name, value in (("EPOCHS", "20"), ("EPOCHS", 2.0), ("EPOCHS", True), ("DROPOUT", "0.3")):
+    for name, value in (("EPOCHS", "20"), ("EPOCHS", 2.0), ("EPOCHS", True), ("DATA_DIR", 3)):
         with monkeypatch.context() as patch:
             patch.setitem(tm.SETTINGS, name, value)
             assert tm.main([]) == 1
