@@ -28,6 +28,18 @@ def flat(path, grey=90, size=(90, 70)):
     Image.new("L", size, grey).save(path)
 
 
+def plant_error(monkeypatch, module, name, pattern, number):
+    """Let a function of a module fail, as on a bad disk, for paths that hold the pattern."""
+    real = getattr(module, name)
+
+    def failing(path, *given, **options):
+        if re.search(pattern, str(path)):
+            raise MemoryError if number == "memory" else OSError(number, os.strerror(number), path)
+        return real(path, *given, **options)
+
+    monkeypatch.setattr(module, name, failing)
+
+
 @pytest.fixture
 def painted(tmp_path):
     """Return a folder with 20 paintings of five styles, and the flags of a check of them."""
@@ -41,15 +53,8 @@ def painted(tmp_path):
 @pytest.mark.parametrize("number", [5, 107, 116, 110, 24, 12, "memory"])
 def test_an_error_of_the_system_is_no_bad_picture(painted, capsys, monkeypatch, number):
     """It stops the run; once the disk is well, the same command uses every picture."""
-    folder, flags = painted
-    real, wrong = builtins.open, "anna-ruiz_study-no-2"
-
-    def failing(file, *given, **options):
-        if wrong in str(file) and "wikiart" in str(file):
-            raise MemoryError if number == "memory" else OSError(number, os.strerror(number), file)
-        return real(file, *given, **options)
-
-    monkeypatch.setattr(builtins, "open", failing)
+    (folder, flags), wrong = painted, "anna-ruiz_study-no-2"
+    plant_error(monkeypatch, builtins, "open", f"wikiart/.*{wrong}", number)
     assert tm.main(flags) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     reason = "not enough memory" if number == "memory" else os.strerror(number)
@@ -62,15 +67,8 @@ def test_an_error_of_the_system_is_no_bad_picture(painted, capsys, monkeypatch, 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT])
 def test_one_picture_that_may_not_be_read_is_listed(painted, capsys, monkeypatch, number):
-    folder, flags = painted
-    real, wrong = builtins.open, "anna-ruiz_study-no-2"
-
-    def failing(file, *given, **options):
-        if wrong in str(file) and "wikiart" in str(file):
-            raise OSError(number, os.strerror(number), file)
-        return real(file, *given, **options)
-
-    monkeypatch.setattr(builtins, "open", failing)
+    (folder, flags), wrong = painted, "anna-ruiz_study-no-2"
+    plant_error(monkeypatch, builtins, "open", f"wikiart/.*{wrong}", number)
     assert tm.main(flags) == 0
     bad = (folder / "out/bad_files.txt").read_text().splitlines()
     assert bad and all(wrong in line and os.strerror(number) in line for line in bad)
@@ -78,14 +76,7 @@ def test_one_picture_that_may_not_be_read_is_listed(painted, capsys, monkeypatch
 
 def test_a_folder_that_fails_stops_the_listing(painted, capsys, monkeypatch):
     folder, flags = painted
-    real = os.scandir
-
-    def failing(path):
-        if str(path).endswith("Cubism"):
-            raise OSError(errno.EIO, "Input/output error", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", failing)
+    plant_error(monkeypatch, os, "scandir", "Cubism$", errno.EIO)
     assert tm.main(flags) == 1
     assert f"error: cannot read {folder}/wikiart/Cubism: Input/output" in capsys.readouterr().err
 
@@ -215,18 +206,12 @@ def test_nothing_else_than_the_file_is_synced(painted, monkeypatch):
 def test_odd_entries_do_not_end_the_listing(painted, capsys, monkeypatch):
     """lost+found, which cannot be read, and links that lead to themselves."""
     folder, flags = painted
-    data, real = folder / "wikiart", os.scandir
+    data = folder / "wikiart"
     (data / "lost+found").mkdir()
     (data / "Loop").symlink_to("Loop")
     (data / "Cubism/loop.jpg").symlink_to("loop.jpg")
     (data / "Cubism/around").symlink_to(data)
-
-    def denied(path):
-        if str(path).endswith("lost+found"):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", denied)
+    plant_error(monkeypatch, os, "scandir", "found$", errno.EACCES)
     assert tm.main(flags) == 0
     out = capsys.readouterr().out
     assert "Permission denied" in out and "Cubism/loop.jpg (no regular file)" in out
