@@ -11,16 +11,20 @@ Writes  into OUTPUT_DIR predictions.csv (one row a test painting), outliers.csv 
 """
 
 import contextlib
+import functools
+import glob
 import html
 import io
+import itertools
+import json
 import math
 import platform
-import re
 import shlex
 import sys
 import time
 from base64 import b64encode
 from collections import Counter, defaultdict
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +72,8 @@ def score(logits, labels):
         "accuracy": right.double().mean().item(),
         "interval": wilson(int(right.sum()), count),
         "top5": top5.any(1).double().mean().item(),
-        "macro_f1": f1[given + named > 0].mean(),
-        "balanced_accuracy": recall[given > 0].mean(),
+        "macro_f1": f1[given + named > 0].mean().item(),
+        "balanced_accuracy": recall[given > 0].mean().item(),
         "calibration_error": gaps.abs().sum().item() / count,
         "precision": hits / np.maximum(named, 1),
         "recall": recall,
@@ -88,11 +92,11 @@ def wilson(right, count):
     return max(0.0, (middle - half) / shrink), min(1.0, (middle + half) / shrink)
 
 
-def yardsticks(labels, split):
-    """Return the accuracy of two guesses on {path: label} that look at no picture, {name: share}.
+def yardsticks(labels, split, attribute):
+    """Return the accuracy of guesses on {path: label} that look at no picture, {name: share}.
 
-    One always names the largest class of the test list; the other goes by the artist in the file
-    name, to his commonest class outside the test, or to the commonest of all.
+    One always names the commonest class of the test; the other goes by the artist in the file name,
+    to his commonest class outside the test, or to the commonest of all. Artists it would just tell.
     """
     counts = defaultdict(Counter)
     for part in ("train", "validation"):
@@ -102,45 +106,130 @@ def yardsticks(labels, split):
     commonest = {artist: min(count, key=lambda label: (-count[label], label))
                  for artist, count in counts.items()}
     guesses = [commonest.get(train_model.artist(path), commonest[""]) for path in labels]
-    return {
-        "always the largest class": max(Counter(labels.values()).values()) / len(labels),
-        "the artist's commonest class": np.mean(np.equal(guesses, list(labels.values()))).item(),
-    }
+    shares = {f"always naming the commonest {attribute}":
+              max(Counter(labels.values()).values()) / len(labels)}
+    if attribute != "artist":
+        shares[f"the artist's usual {attribute}, by the file name"] = (
+            np.mean(np.equal(guesses, list(labels.values()))).item())
+    return shares
 
 
-def predict(paths, logits, labels, class_names):
-    """Return a row a painting: what it is, what the model says, and how far the two are apart.
-
-    margin: the best other logit over that of the given class; positive where the model disagrees.
-    """
-    probabilities, label = logits.double().softmax(1).round(decimals=6), labels[:, None]
-    given = logits.gather(1, label)
-    others = logits.scatter(1, label, -torch.inf).max(1)
+def predict(labels, logits, class_names):
+    """Return a row of predictions.csv for each painting of {path: label} and its logits (N, C)."""
+    label = torch.tensor(list(labels.values()))[:, None]
+    probabilities = logits.double().softmax(1)
     columns = {
-        "path": paths,
-        "class": [class_names[place] for place in labels],
+        "path": labels,
+        "class": [class_names[place] for place in labels.values()],
         "predicted": [class_names[place] for place in logits.argmax(1)],
         "probability": probabilities.amax(1).tolist(),
         "class_probability": probabilities.gather(1, label)[:, 0].tolist(),
-        "class_rank": (1 + (logits > given).sum(1)).tolist(),
-        "fits_better": [class_names[place] for place in others.indices],
-        "margin": (others.values - given[:, 0]).double().round(decimals=4).tolist(),
+        "class_rank": (1 + (logits > logits.gather(1, label)).sum(1)).tolist(),
     }
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def find_outliers(predictions, class_names, most):
-    """Return, for each class, the `most` paintings of the largest margin, as a dictionary.
+# ---------------------------------------------------------------------------------------- outliers
 
-    The margin of the given label found planted labels where low confidence in general did not.
+
+def make_witness(split, attribute, classes):
+    """Return a function of (path, label) that says what else is known of who made a painting.
+
+    The witness is the artist in its file name, or the folder where artists are the classes. His
+    other paintings speak: the function returns his name, their number, how many of them have the
+    label, the label that most of the rest have (None where there is no rest), how many have that,
+    and the score: its log share minus that of the given label, each smoothed by one painting of
+    the whole's shares; NaN where there are no others. The higher, the more he doubts the label.
     """
-    ranked = sorted(predictions, key=lambda row: (-row["margin"], row["path"]))
-    return {name: [row for row in ranked if row["class"] == name][:most] for name in class_names}
+    witness_of = train_model.style if attribute == "artist" else train_model.artist
+    counts = defaultdict(lambda: np.zeros(classes, dtype=int))
+    for labels in split.values():
+        for path, label in labels.items():
+            counts[witness_of(path)][label] += 1
+    prior = sum(counts.values()) / sum(map(len, split.values()))
+
+    @functools.cache
+    def speak(name, label):
+        others = counts[name] - (np.arange(classes) == label)
+        total = int(others.sum())
+        if not total:
+            return name, 0, 0, None, 0, math.nan
+        shares = np.log((others + prior).clip(1e-12) / (total + 1))
+        best = np.where(np.arange(classes) == label, -np.inf, shares).argmax().item()
+        known = best if others[best] else None
+        return (name, total, int(others[label]), known, int(others[best]),
+                shares[best] - shares[label])
+
+    def testify(path, label):
+        if attribute != "artist" and "_" not in train_model.file_name(path):
+            return "", 0, 0, None, 0, math.nan
+        return speak(witness_of(path), label)
+
+    return testify
+
+
+def rank_shares(values):
+    """Return the rank of each value among them, as a share in 0..1, the mean one of equals."""
+    ordered = np.sort(values)
+    below, up_to = (np.searchsorted(ordered, values, side) for side in ("left", "right"))
+    return (below + up_to) / (2 * len(values))
+
+
+def find_outliers(run, labels, compared):
+    """Return a row for each painting of the run, the one most in doubt first.
+
+    labels: {path: label} of the test; compared: what `train_model.compare` says of them. The run
+    brings what was noted of the others: of validation in the best epoch, of training in the early
+    epochs, before paintings are learned by heart (after Pleiss et al. 2020, arXiv 2001.10528).
+    doubt: the mean of two ranks in 0..1, of the margin in its part and of the witness's score.
+    """
+    class_names, rows = run["class_names"], []
+    noted = run["margins"] | {"test": torch.nn.functional.pad(compared, (0, 1), value=1)}
+    testify = make_witness(run["split"], run["settings"]["ATTRIBUTE"], len(class_names))
+    for part, listed in (run["split"] | {"test": labels}).items():
+        own = []
+        for (path, label), sums in zip(listed.items(), noted[part].tolist()):
+            margin, probability, other, epochs = sums
+            if epochs:  # else it was not used
+                name, total, agreeing, best, speaking, score = testify(path, label)
+                own.append({
+                    "path": path, "class": class_names[label], "part": part,
+                    "margin": margin / epochs, "fits_better": class_names[int(other)],
+                    "class_probability": probability / epochs, "witness": name,
+                    "witness_paintings": total, "witness_share": agreeing / total if total else "",
+                    "witness_class": "" if best is None else class_names[best],
+                    "speaking": speaking, "score": score})
+        for row, rank in zip(own, rank_shares([row["margin"] for row in own])):
+            row["doubt"] = rank
+        rows += own
+    heard = [row for row in rows if not math.isnan(row["score"])]
+    for row, rank in zip(heard, rank_shares([row["score"] for row in heard])):
+        row["doubt"] = (row["doubt"] + rank) / 2
+    rows.sort(key=lambda row: (-row["doubt"], row["path"]))
+    return [row | {"rank": rank} for rank, row in enumerate(rows, 1)]
+
+
+def agree(row):
+    """Return whether model and witness name the same other class, the given one being rare."""
+    return (row["margin"] > 0 and row["fits_better"] == row["witness_class"]
+            and row["witness_paintings"] >= 20 and row["witness_share"] < 0.05)
+
+
+def find_twins(split, class_names):
+    """Return a row for each two paintings of one file name in different classes."""
+    twins = defaultdict(list)
+    for labels in split.values():
+        for path, label in labels.items():
+            twins[train_model.file_name(path)].append((path, class_names[label]))
+    pairs = [pair for same in twins.values() for pair in itertools.combinations(sorted(same), 2)]
+    return [{"path": path, "class": name, "twin": twin, "twin_class": other}
+            for (path, name), (twin, other) in sorted(pairs) if name != other]
 
 
 # ------------------------------------------------------------------------------------------ report
 
-GALLERY = 6  # outliers of a class that report.html shows
+GALLERY, PICTURES = 6, 300  # outliers that report.html shows of a class, and of all at most
+MATRIX = 40  # classes that its confusion matrix shows at most
 CSS = """:root { color-scheme: light dark; print-color-adjust: exact; --heat: 116 163 210;
   --paper: #fff; --ink: #1d1c1a; --soft: #625e58; --line: #dfdcd6; --accent: #1f4e79 }
 @media screen and (prefers-color-scheme: dark) { :root { --heat: 42 98 152;
@@ -191,25 +280,38 @@ img { display: block; width: 100%; height: 10rem; object-fit: contain; object-po
   .hang { gap: 1rem; grid-template-columns: repeat(6, 1fr) } img { height: 6rem } }"""
 
 
-def write_report(path, run, scores, guesses, predictions, outliers, small_dir):
-    """Write all of it as one page of HTML, which needs no other file, no script, no network."""
-    names = [escaped(name) for name in run["class_names"]]
+def write_report(path, run, results, small_dir):
+    """Write all of it as one page of HTML, which needs no other file, no script, no network.
+
+    results: the scores, guesses, predictions, outliers and twins; small_dir: the small copies.
+    """
+    scores, names = results["scores"], [escaped(name) for name in run["class_names"]]
+    attribute, predictions = run["settings"]["ATTRIBUTE"], results["predictions"]
+    sections = {
+        "The surest paintings": surest(predictions, small_dir),
+        "Learning curve": learning_curve(run["history"]),
+        "Class by class": class_table(names, scores),
+        "What is taken for what": confusion_matrix(names, scores["confusion"]),
+        "Paintings that might not fit their class":
+            gallery(results["outliers"], run["class_names"], small_dir),
+        "How it was made": how_made(run, len(predictions))}
+    links = [f'<a href="#{n}">{name}</a>' for n, name in enumerate(sections)]
+    parts = [f'<h2 id="{n}">{name}</h2>{body}\n' for n, (name, body) in enumerate(sections.items())]
     page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Test of a classifier of paintings</title>
+<html lang="en"><head><meta charset="utf-8">
+<title>{escaped(attribute, "")}, {scores["accuracy"]:.1%}: test of a classifier of paintings</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{CSS}</style></head><body><main>
-{headline(run["settings"]["ATTRIBUTE"], names, scores, guesses)}
-{learning_curve(run["history"])}
-{class_table(names, scores)}{confusion_matrix(names, scores["confusion"])}
-{gallery(predictions, outliers, small_dir)}{how_made(run, len(predictions))}
-</main></body></html>
+{headline(attribute, names, scores, results["guesses"])}<nav>{" · ".join(links)}</nav>
+{"".join(parts)}</main></body></html>
 """
     train_model.write_whole(path, page.encode("utf-8"))
 
 
-def escaped(name):
+def escaped(name, tag="bdi"):
     """Return a name as HTML that shows it, whatever it holds, with spaces for _."""
-    return f"<bdi>{html.escape(printable(name).replace('_', ' '))}</bdi>"
+    words = html.escape(printable(name).replace("_", " "))
+    return f"<{tag}>{words}</{tag}>" if tag else words
 
 
 def facts(pairs):
@@ -228,8 +330,7 @@ def table(kind, caption, heads, rows):
 def headline(attribute, names, scores, guesses):
     """Return the accuracy beside its yardsticks, and the other scores in a few words each."""
     accuracy, (low, high) = scores["accuracy"], scores["interval"]
-    own = ", which is the answer itself here" if attribute == "artist" else ""
-    bars = [f'<div>{name} <b>{share:.1%}</b><span style="--s:{share:.4f}">'
+    bars = [f'<div>{escaped(name)} <b>{share:.1%}</b><span style="--s:{share:.4f}">'
             for name, share in ({"this model": accuracy} | guesses).items()]
     bars[0] += f'<i style="left:{low:.2%};width:{high - low:.2%}"></i>'
     others = [
@@ -239,27 +340,40 @@ def headline(attribute, names, scores, guesses):
         ("Calibration error", "calibration_error", "the gap between confidence and accuracy"),
     ][len(names) <= 5:]
     pairs = [(name, f"<b>{scores[key]:.1%}</b>{words}") for name, key, words in others]
+    poor = "" if low > [*guesses.values()][0] else """<p><b>The model is no better than a guess:
+what it says of single paintings, doubts included, means little yet.</b></p>"""
     return f"""<header class="wide"><div><h1>Test accuracy, {escaped(attribute)}
 <b>{accuracy:.2%}</b></h1><p>The model finds the given one of {len(names)} classes for
 {scores["confusion"].trace():,} of {scores["count"].sum():,} paintings that it has not learned from.
 For paintings like these the 95% interval, marked on the bar, is {low:.1%} to {high:.1%}. By the
-central square of each alone, as others test, it is {scores["centre"]:.2%}.</p></div>
-<div class="bars">{"</span></div>".join(bars)}</span></div><p>The guesses look at no picture: one
-gives the same answer to all, the other goes by the artist in the file name{own}.</p></div></header>
+central square of each alone, as others test, it is {scores["centre"]:.2%}.</p>{poor}</div>
+<div class="bars">{"</span></div>".join(bars)}</span></div></div></header>
 {facts(pairs)}"""
 
 
-def best_epoch(history):
-    """Return the epoch, from 1, of the highest validation accuracy, the first of equals."""
-    return max(history, key=lambda row: row["validation_accuracy"])["epoch"]
+def surest(predictions, small_dir):
+    """Return the paintings that the model is surest of, rightly and wrongly, six each."""
+    def say(row):
+        given = "" if row["predicted"] == row["class"] else f", given {escaped(row['class'])}"
+        return f"<b>{escaped(row['predicted'])}</b> {row['probability']:.1%}{given}"
+
+    ranked = sorted(predictions, key=lambda row: (-row["probability"], row["path"]))
+    right = [row for row in ranked if row["predicted"] == row["class"]][:6]
+    wrong = [row for row in ranked if row["predicted"] != row["class"]][:6]
+    return f"<h3>Right</h3>{hang(right, say, small_dir)}<h3>Wrong</h3>{hang(wrong, say, small_dir)}"
 
 
 def learning_curve(history):
     """Return the losses and the validation accuracy of the epochs, as two drawings."""
-    best = best_epoch(history)
+    best = train_model.best_epoch(history)
+    if len(history) == 1:
+        row = history[0]
+        return f"""<p>One epoch was trained: training loss
+{row["training_loss"]:.2f}, validation loss {row["validation_loss"]:.2f}, validation accuracy
+{row["validation_accuracy"]:.2%}.</p>"""
     losses = {name: [row[f"{name}_loss"] for row in history] for name in ("validation", "training")}
     accuracy = {"validation": [100 * row["validation_accuracy"] for row in history]}
-    return f"""<h2>Learning curve</h2><figure><div class="wide">{draw("Loss", "", losses, best)}
+    return f"""<figure><div class="wide">{draw("Loss", "", losses, best)}
 {draw("Accuracy", "%", accuracy, best)}</div><figcaption>Solid: on the validation’s
 paintings, which choose the best epoch. Dashed: on those that the model learns from. Epoch {best} is
 tested here.</figcaption></figure>"""
@@ -269,10 +383,12 @@ def draw(title, unit, lines, best):
     """Return a drawing (SVG, 400 x 230) of the lines {name: values}, one value an epoch."""
     count = len(lines["validation"])
     said = f"{title}, validation: {lines['validation'][best - 1]:.2f}{unit} in epoch {best}"
-    step = 20 if unit else math.ceil(2 * max(map(max, lines.values()))) / 10 or 1
+    highest = max(map(max, lines.values()))
+    step = 20 if unit else next(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 100, math.inf)
+                                if 5 * step >= highest)
     parts = [f'<path d="M50 {205 - 30 * n}H390"/><text x="42" y="{209 - 30 * n}" text-anchor="end">'
              f"{n * step:g}{unit}</text>" for n in range(6)]
-    x = [50 + 340 * place / max(count - 1, 1) for place in range(count)]
+    x = [50 + 340 * place / (count - 1) for place in range(count)]
     for name, line in lines.items():
         points = [f"{a:.1f} {205 - 30 * value / step:.1f}" for a, value in zip(x, line)]
         parts.append(f'<polyline class="{name}" points="{" ".join(points)}"/>'
@@ -295,70 +411,100 @@ def class_table(names, scores):
 Recall: the share of the class that the model finds. F1: both in one; the highest comes first, and
 classes without a test painting last."""
     heads = ("Class", "Paintings", "Precision", "Recall", "F1")
-    return "<h2>Class by class</h2>" + table("classes", caption, heads, rows)
+    return table("classes", caption, heads, rows)
 
 
 def confusion_matrix(names, confusion):
     """Return the counts (C, C), given class down, as a heat map, and the largest confusions."""
     shares, rows = confusion / np.maximum(confusion.sum(1, keepdims=True), 1), []
-    for given, counts in enumerate(confusion.tolist()):
-        cells = [f'<td style="--s:{share**0.6:.2f}">{count}</td>' if count else "<td></td>"
-                 for count, share in zip(counts, shares[given])]  # 0.6 brings out small shares
-        cells[given] = cells[given].replace("<td", '<td class="right"')
-        rows.append((names[given], "".join(cells)))
     wrong = confusion * ~np.eye(len(names), dtype=bool)
+    most = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:MATRIX])
+    for given in most:
+        cells = [f'<td style="--s:{shares[given, named]**0.6:.2f}">{confusion[given, named]}</td>'
+                 if confusion[given, named] else "<td></td>" for named in most]
+        own = np.searchsorted(most, given)  # above, 0.6 brings out small shares
+        cells[own] = cells[own].replace("<td", '<td class="right"')
+        rows.append((names[given], "".join(cells)))
     worst = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:8], wrong.shape))
     pairs = [f"<li>{names[a]} → {names[b]}: <b>{wrong[a, b]:,}</b>, {shares[a, b]:.1%} of "
              f"{names[a]}</li>\n" for a, b in worst if wrong[a, b]]
-    caption = """Paintings by given class (down) and predicted class (across). Deeper colour: a
-larger share of the given class. Framed: the right answers. Empty: 0."""
-    return f"""<h2>What is taken for what</h2>
-<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">
-{table("matrix", caption, ["", *names], rows)}</div>
+    fewer = f"the {MATRIX} most confused of {len(names)} classes; confusion.csv has all"
+    caption = f"""Paintings by given class (down) and predicted class (across)\
+{": " + fewer if len(names) > MATRIX else ""}. Deeper colour: a larger share of the given class.
+Framed: the right answers. Empty: 0."""
+    return f"""<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">
+{table("matrix", caption, ["", *(names[place] for place in most)], rows)}</div>
 <h3>Most often confused: given → predicted</h3>
 {f"<ol>{''.join(pairs)}</ol>" if pairs else "<p>None.</p>"}"""
 
 
-def gallery(predictions, outliers, small_dir):
-    """Return the first outliers of each class, with their pictures."""
-    apart = sum(row["margin"] > 0 for row in predictions)
-    parts = [f'<h3>{escaped(name)}</h3>\n<div class="hang">'
-             f"{''.join(outlier(row, small_dir) for row in rows[:GALLERY])}</div>\n"
-             for name, rows in outliers.items() if rows]
-    return f"""<h2>Paintings that might not fit their class</h2>
-<p>The margin says how much likelier than the given class the model finds another: at 0 both are
-equally likely, at +1 the other is 2.7 times, and at +3 it is 20 times as likely. It is above 0 for
-{apart:,} of {len(predictions):,} paintings: there the model disagrees with the label, which may be
-right all the same. They are worth a second look, no more. Below 0 the model agrees, and a painting
-here only fits less well than others. Shown are at most {GALLERY} of each class, the largest margins
-first; outliers.csv lists as many as OUTLIERS_PER_CLASS says.</p>{"".join(parts)}"""
+def hang(rows, say, small_dir):
+    """Return paintings, rows with a path, as a gallery with what the function `say` says of each.
+
+    Each is an inlined JPEG of at most 200 x 200 pixels, where its small copy is on this machine.
+    """
+    figures = []
+    for row in rows:
+        path, image, jpeg = row["path"], "", io.BytesIO()
+        with contextlib.suppress(OSError):
+            with Image.open(small_dir / train_model.small_name(path)) as copy:
+                copy.thumbnail((200, 200))
+                copy.save(jpeg, "JPEG", quality=70, comment=b"")
+            image = (f'<img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}" '
+                     f'alt="{html.escape(printable(path))}">')
+        artist, _, title = Path(path).stem.replace("-", " ").partition("_")
+        figures.append(f"<figure>{image}<figcaption>{say(row)}<br>{escaped(artist)}: "
+                       f"{escaped(title, 'i')}</figcaption></figure>")
+    return f'<div class="hang">{"".join(figures)}</div>' if figures else "<p>None.</p>"
 
 
-def outlier(row, small_dir):
-    """Return a painting as an inlined JPEG of at most 200 x 200 pixels, and what is said of it."""
-    with Image.open(small_dir / train_model.small_name(row["path"])) as image:
-        image.thumbnail((200, 200))
-        image.save(jpeg := io.BytesIO(), "JPEG", quality=70, comment=b"")
-    path = html.escape(printable(row["path"]))
-    words = "fits better" if row["margin"] > 0 else "is next"
-    margin, name = f"{row['margin']:+.2f}".replace("-", "−"), re.sub("([/_-])", r"\1<wbr>", path)
-    return f"""<figure><img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}"
-alt="{path}"><figcaption>given {escaped(row["class"])}<br><b>{escaped(row["fits_better"])}</b>
-{words}<br>margin {margin}<br><small>{name}</small></figcaption></figure>"""
+def say_doubt(row):
+    """Return what model and witness say of a painting, as HTML."""
+    said = (f"<b>{escaped(row['fits_better'])}</b> "
+            f"{'fits better' if row['margin'] > 0 else 'is next'}; {escaped(row['class'])} has "
+            f"{row['class_probability']:.1%} ({row['part']})")
+    if row["witness_class"]:
+        said += (f"<br>{row['speaking']} of {row['witness_paintings']} others by "
+                 f"{escaped(row['witness'].replace('-', ' '))} are {escaped(row['witness_class'])}")
+    return said
+
+
+def gallery(outliers, class_names, small_dir):
+    """Return the paintings most in doubt, those of which model and witness agree first."""
+    by_class = defaultdict(list)
+    for row in outliers:
+        by_class[row["class"]].append(row)
+    first = [row for rows in by_class.values() for row in rows[:GALLERY]]
+    last = sorted(row["rank"] for row in first)[:PICTURES][-1]
+    parts = [f"<h3>{escaped(name)}</h3>\n{hang(rows, say_doubt, small_dir)}\n"
+             for name in class_names
+             if (rows := [row for row in by_class[name][:GALLERY] if row["rank"] <= last])]
+    both = [row for row in outliers if agree(row)][:60]
+    apart = sum(row["margin"] > 0 for row in outliers)
+    return f"""<p>For {apart:,} of {len(outliers):,} paintings of the run, training included, the
+model finds another class likelier than the given one. The witness is the artist in the file name
+(for artists, the style's folder): what the other paintings there are. Doubt is the mean of both, as
+ranks. These paintings are worth a second look, no more: an early or a late work stands out too,
+rightly labelled. outliers.csv lists as many of each class as OUTLIERS_PER_CLASS says.</p>
+<h3>Model and witness agree</h3><p>Both name the same other class, and less than 5% of 20 or more
+others are of the given one.</p>{hang(both, say_doubt, small_dir)}{"".join(parts)}"""
 
 
 def how_made(run, tested):
     """Return what the model and this page were made with, and how to make them again."""
-    settings, split = run["settings"], run["split"]
+    settings, split, history = run["settings"], run["split"], run["history"]
     flags = "".join(f" --{name.lower().replace('_', '-')} {shlex.quote(str(value))}"
                     for name, value in settings.items() if value != train_model.SETTINGS.get(name))
     made = settings | run["versions"] | {"Python": platform.python_version()}
     sizes = ", ".join(f"{len(paintings):,} for {part}" for part, paintings in split.items())
-    return f"""<h2>How it was made</h2>
-<p>A ResNet-50, read row by row by an LSTM, learned to tell {escaped(settings["ATTRIBUTE"])}.
-The split is {html.escape(run["split_source"])}: {sizes}. Of the last, {tested:,} paintings were
-tested and {len(split["test"]) - tested:,} are missing or cannot be read. This page was made on
-{time.strftime("%Y-%m-%d")}. To do it all again, with the folders of that run:</p>
+    best, spent = train_model.best_epoch(history), sum(row["seconds"] for row in history)
+    told = (f"{len(history)} of {settings['EPOCHS']} epochs were trained, in "
+            f"{train_model.duration(spent)}, on {run['device']}; epoch {best} is tested. The split "
+            f"is {run['split_source']}: {sizes}. Of the last, {tested:,} were tested and "
+            f"{len(split['test']) - tested:,} are missing or cannot be read.")
+    return f"""<p>A ResNet-50, read row by row by an LSTM, learned {escaped(settings["ATTRIBUTE"])}.
+{html.escape(printable(told))} This page was made on {time.strftime("%Y-%m-%d")}. To do it all
+again, with the folders of that run:</p>
 <p><code>python train_model.py{html.escape(printable(flags))}<br>python test_model.py</code>
 </p>{facts((name, html.escape(printable(value))) for name, value in made.items())}"""
 
@@ -372,47 +518,92 @@ def find_own_pictures(names):
     for name in names:
         if not name:
             raise ValueError("the command names an empty path")
-        inside = sorted(path for path in Path(name).rglob("*") if not path.is_dir()
-                        and "/." not in f"/{path.relative_to(name).as_posix()}")
-        pictures = [path for path in inside if train_model.is_picture(path.name)]
-        files += pictures or [Path(name)]
-        others += [path for path in inside if not train_model.is_picture(path.name)]
+        for path in map(Path, sorted(glob.glob(name)) or [name]):  # no shell of Windows does it
+            inside = sorted(file for file in path.rglob("*") if not file.is_dir()
+                            and "/." not in f"/{file.relative_to(path).as_posix()}")
+            pictures = [file for file in inside if train_model.is_picture(file.name)]
+            files += pictures or [path]
+            others += [file for file in inside if not train_model.is_picture(file.name)]
     train_model.report(others, "no pictures by their endings, passed over")
     return files
 
 
-def classify(model, run, views, files):
-    """Print the five likeliest classes of each picture; raise ValueError if any cannot be read."""
-    device, failed, class_names = train_model.move_to_fastest(model), 0, run["class_names"]
+def read_views(file, run, views=VIEWS):
+    """Return the squares of a picture that the model looks at, (views, S, S, 3) uint8."""
     size = run["settings"]["IMAGE_SIZE"]
-    side = int(train_model.copies_folder(Path(), size).name)
-    for file in files:
+    if file.exists() and not file.is_file():
+        raise ValueError("no regular file, or a folder without pictures")
+    small = train_model.encode_small(file, int(train_model.copies_folder(Path(), size).name))
+    with Image.open(io.BytesIO(small)) as image:
+        return np.stack([train_model.square(image, size, place) for place in VIEW_PLACES[views]])
+
+
+@torch.inference_mode()
+def name_classes(pixels, run, model, most=5):
+    """Return for each picture of pixels (N, views, S, S, 3) uint8 its likeliest classes.
+
+    They are pairs (class name, probability), the likeliest first.
+    """
+    device = next(model.parameters()).device
+    images = train_model.to_images(torch.from_numpy(pixels).flatten(0, 1), device)
+    logits = model(images).cpu().double().unflatten(0, pixels.shape[:2]).mean(1)
+    best = logits.softmax(1).topk(min(most, len(run["class_names"])))
+    return [[(run["class_names"][label], share) for label, share in zip(*pair)]
+            for pair in zip(best.indices.tolist(), best.values.tolist())]
+
+
+def likeliest_classes(picture, run, model, most=5):
+    """Return the likeliest classes of a picture file, pairs (class name, probability in 0..1).
+
+    run, model: those of `load_best`. Raises OSError or ValueError where it cannot be read.
+    """
+    return name_classes(read_views(Path(picture), run)[None], run, model, most)[0]
+
+
+def classify(model, run, settings):
+    """Print the likeliest classes of one's own pictures, and write them into own_pictures.csv.
+
+    Raises ValueError, after all others are done, if any cannot be read.
+    """
+    def read(file):
         try:
-            if file.exists() and not file.is_file():
-                raise ValueError("no regular file, or a folder without pictures")
-            with Image.open(io.BytesIO(train_model.encode_small(file, side))) as image:
-                squares = [train_model.square(image, size, place) for place in views]
+            return read_views(file, run, settings.views)
         except Exception as error:  # of nearly any kind, from Pillow
-            print(f"{printable(file)}: cannot be read: {printable(error)}", file=sys.stderr)
-            failed += 1
-            continue
-        pixels = torch.from_numpy(np.stack(squares))  # (views, size, size, 3)
-        with torch.inference_mode():
-            logits = model(train_model.to_images(pixels, device)).cpu()
-        best = logits.double().mean(0).softmax(0).topk(min(5, len(class_names)))
-        pairs = zip(best.values.tolist(), best.indices.tolist())
-        named = [f"{printable(class_names[label])} {100 * share:.1f} %" for share, label in pairs]
-        print(f"{printable(file)}: {', '.join(named)}")
-    if failed:
-        raise ValueError(f"{failed} of {len(files)} pictures could not be read")
+            return printable(error)
+
+    files, rows = find_own_pictures(settings.pictures), []
+    train_model.move_to_fastest(model)
+    with ThreadPool(train_model.cores()) as pool, train_model.Progress("own", len(files)) as bar:
+        for start in range(0, len(files), settings.batch_size):
+            batch = files[start : start + settings.batch_size]
+            views = pool.map(read, batch)
+            pixels = [view for view in views if not isinstance(view, str)]
+            named = iter(name_classes(np.stack(pixels), run, model) if pixels else [])
+            for file, view in zip(batch, views):
+                if isinstance(view, str):
+                    print(f"{printable(file)}: cannot be read: {view}", file=sys.stderr)
+                    continue
+                best = next(named)
+                words = ", ".join(f"{printable(name)} {share:.1%}" for name, share in best)
+                print(f"{printable(file)}: {words}")
+                rows.append([str(file), *itertools.chain(*best)])
+            bar.update(len(batch))
+    columns = ["picture", "class", "probability"]
+    columns += [f"{kind}_{place}" for place in range(2, 6) for kind in columns[1:]]
+    table = settings.output_dir / "own_pictures.csv"
+    train_model.write_table(table, columns, [
+        dict(itertools.zip_longest(columns, row, fillvalue="")) for row in rows])
+    print(f"written to {printable(table)}")
+    if len(rows) < len(files):
+        raise ValueError(f"{len(files) - len(rows)} of {len(files)} pictures could not be read")
 
 
 # -------------------------------------------------------------------------------------------- main
 
 
 def load_best(output_dir):
-    """Return the best run of a folder and its model."""
-    file = output_dir / "model_best.pth"
+    """Return the best run of a folder, with its "class_names", and its model, ready to test."""
+    file = Path(output_dir) / "model_best.pth"
     if not file.exists():
         raise ValueError(f"there is no {file}: run train_model.py first")
     run = train_model.load_checkpoint(file)
@@ -422,71 +613,109 @@ def load_best(output_dir):
 
 
 def prepare_test(run, folder, settings):
-    """Return {path: path on disk} of the test paintings that are there and can be read.
+    """Return {path: label} of the test paintings that are there and can be read.
 
-    folder: that of their small copies.
+    folder: that of their small copies. The run's paths become those on this disk.
     """
     train_model.check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
-    found, listed = train_model.find_paintings(settings.data_dir), run["split"]["test"]
-    of_all = train_model.locate([path for part in run["split"].values() for path in part], found)
-    places = {path: of_all[path] for path in listed if path in of_all}
-    if places:  # else nothing is written
-        tested = {place: found[place] for place in places.values()}
-        bad = train_model.prepare_copies(tested, settings.data_dir, folder)
-        places = {path: places[path] for path in listed
-                  if path in places and places[path] not in bad}
-    if not places:
-        raise ValueError(f"none of the {len(listed):,} test paintings is in {settings.data_dir}, "
-                         f"which begins with {min(found)}")
-    return places
+    found = train_model.find_paintings(settings.data_dir)
+    run["split"] = train_model.respell(run["split"], found)
+    tested = set(found).intersection(run["split"]["test"])
+    if tested:  # else nothing is written
+        tested -= train_model.prepare_copies(sorted(tested), settings.data_dir, folder).keys()
+    if not tested:
+        raise ValueError(f"none of the {len(run['split']['test']):,} test paintings is in "
+                         f"{settings.data_dir}, which begins with {found[0]}")
+    return {path: label for path, label in run["split"]["test"].items() if path in tested}
 
 
-def write_results(run, places, views, copies, settings):
-    """Write predictions.csv, outliers.csv and report.html, and print the scores.
+def write_results(run, labels, views, copies, settings):
+    """Write the tables and report.html, and print the scores.
 
-    views: logits (views, N, C) of the paintings; copies: the folder of their small copies.
+    labels: {path: label} of the tested paintings; views: their logits (views, N, C); copies: the
+    folder of their small copies.
     """
-    folder, class_names, split = settings.output_dir, run["class_names"], run["split"]
-    tested = {path: split["test"][path] for path in places}
-    logits, labels = views.mean(0), torch.tensor(list(tested.values()))
-    scores, guesses = score(logits, labels), yardsticks(tested, split)
-    scores["centre"] = (views[len(views) // 2].argmax(1) == labels).double().mean().item()
-    predictions = predict(places.values(), logits, labels, class_names)
-    outliers = find_outliers(predictions, class_names, settings.outliers_per_class)
-    columns = ("path", "class", "predicted", "probability", "class_probability", "class_rank")
-    train_model.write_table(folder / "predictions.csv", columns, predictions)
-    columns = ("path", "class", "fits_better", "margin", "class_probability")
-    train_model.write_table(folder / "outliers.csv", columns, sum(outliers.values(), []))
-    best = run["history"][-1]
+    folder, class_names, best = settings.output_dir, run["class_names"], run["history"][-1]
     with contextlib.suppress(OSError, ValueError):  # the epochs after the best, if they are here
-        later = train_model.load_checkpoint(folder / "model_last.pth")["history"]
-        if later[: best["epoch"]] == run["history"]:
-            run["history"] = later
-    write_report(folder / "report.html", run, scores, guesses, predictions, outliers, copies)
-
-    print(f"model of epoch {best['epoch']}, {run['settings']['ATTRIBUTE']}, "
-          f"{len(class_names)} classes")
+        last = train_model.load_checkpoint(folder / "model_last.pth")
+        if last["history"][: best["epoch"]] == run["history"]:
+            run["history"] = last["history"]
+            run["margins"]["train"] = last["margins"]["train"]
+    logits, truth = views.mean(0), torch.tensor(list(labels.values()))
+    scores = score(logits, truth)
+    scores["centre"] = (views[len(views) // 2].argmax(1) == truth).double().mean().item()
+    results = {
+        "scores": scores,
+        "guesses": yardsticks(labels, run["split"], run["settings"]["ATTRIBUTE"]),
+        "predictions": predict(labels, logits, class_names),
+        "outliers": find_outliers(run, labels, train_model.compare(logits, truth)),
+        "twins": find_twins(run["split"], class_names),
+    }
+    write_tables(folder, class_names, results, settings.outliers_per_class)
+    write_report(folder / "report.html", run, results, copies)
+    print_scores(run, best, results)
+    print(f"page to look at: {printable(folder / 'report.html')}; beside it, for programs: "
+          "scores.json, predictions.csv, outliers.csv, twins.csv, classes.csv, confusion.csv")
+    right, count, listed = int(scores["confusion"].trace()), len(labels), len(run["split"]["test"])
     low, high = scores["interval"]
+    print(f"{listed - count:,} of {listed:,} test paintings are missing or cannot be read")
     print(f"95 % interval of the test accuracy: {100 * low:.2f} to {100 * high:.2f} %")
-    print(f"validation accuracy: {100 * best['validation_accuracy']:.2f} %")
-    if len(class_names) > 5:
+    print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings)")
+
+
+def write_tables(folder, class_names, results, most):
+    """Write what programs read: scores.json, and the tables as CSV."""
+    scores = results["scores"]
+    plain = {name: value for name, value in scores.items() if not isinstance(value, np.ndarray)}
+    text = json.dumps(plain | {"guesses": results["guesses"]}, indent=1, ensure_ascii=False)
+    train_model.write_whole(folder / "scores.json", text.encode("utf-8", "backslashreplace"))
+    columns = ("path", "class", "predicted", "probability", "class_probability", "class_rank")
+    train_model.write_table(folder / "predictions.csv", columns, results["predictions"])
+    columns = ("path", "class", "part", "doubt", "rank", "margin", "fits_better",
+               "class_probability", "witness", "witness_paintings", "witness_share",
+               "witness_class")
+    by_class = {name: [] for name in class_names}
+    for row in results["outliers"]:  # the most doubtful first
+        by_class[row["class"]].append(row)
+    rows = [row for rows in by_class.values() for row in rows[:most]]
+    train_model.write_table(folder / "outliers.csv", columns, rows)
+    columns = ("path", "class", "twin", "twin_class")
+    train_model.write_table(folder / "twins.csv", columns, results["twins"])
+    kinds = ("precision", "recall", "f1")
+    rows = [{"class": name, "paintings": int(scores["count"][label]),
+             **{kind: scores[kind][label].item() for kind in kinds}}
+            for label, name in enumerate(class_names)]
+    train_model.write_table(folder / "classes.csv", ("class", "paintings", *kinds), rows)
+    rows = [dict(zip(["", *class_names], [name, *counts]))
+            for name, counts in zip(class_names, scores["confusion"].tolist())]
+    train_model.write_table(folder / "confusion.csv", ["", *class_names], rows)
+
+
+def print_scores(run, best, results):
+    """Print the scores; best: the row of the history of the tested epoch."""
+    scores = results["scores"]
+    print(f"model of epoch {best['epoch']}, {run['settings']['ATTRIBUTE']}, "
+          f"{len(run['class_names'])} classes; validation accuracy "
+          f"{100 * best['validation_accuracy']:.2f} %")
+    if len(run["class_names"]) > 5:
         print(f"top-5 accuracy: {100 * scores['top5']:.2f} %")
     print(f"macro-F1: {100 * scores['macro_f1']:.2f} %")
     print(f"balanced accuracy: {100 * scores['balanced_accuracy']:.2f} %")
     print(f"expected calibration error: {100 * scores['calibration_error']:.2f} %")
-    for name, accuracy in guesses.items():
-        print(f"yardstick, {name}: {100 * accuracy:.2f} %")
     print(f"accuracy of the central square alone: {100 * scores['centre']:.2f} %")
-    right, count, listed = int(scores["confusion"].trace()), len(places), len(split["test"])
-    print(f"{listed - count:,} of {listed:,} test paintings are missing or cannot be read")
-    print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings)")
+    guesses = "; ".join(f"{name}: {100 * share:.1f} %" for name, share in
+                        results["guesses"].items())
+    print(f"yardsticks, which look at no picture: {guesses}")
+    agreed, pairs = sum(map(agree, results["outliers"])), len(results["twins"])
+    print(f"model and witness agree on another class for {agreed:,} of "
+          f"{len(results['outliers']):,} paintings; {pairs:,} pairs have one name in two classes")
 
 
-def predict_views(model, labels, places, folder, image_size, settings):
+def predict_views(model, labels, folder, image_size, settings):
     """Return the logits (views, N, classes) of the paintings {path: label}, on the CPU."""
     device, logits = train_model.move_to_fastest(model), []
     for view in VIEW_PLACES[settings.views]:
-        paintings = train_model.Paintings(folder, labels, places, image_size, view=view)
+        paintings = train_model.Paintings(folder, labels, image_size, view=view)
         loader = train_model.make_loader(paintings, settings.batch_size, settings.workers, device)
         logits.append(train_model.evaluate(model, loader, "test"))
     return torch.stack(logits)
@@ -496,15 +725,13 @@ def predict_and_score(settings):
     """Score the best model on its test paintings, or classify the pictures that are named."""
     run, model = train_model.from_first(load_best, settings.output_dir)
     if settings.pictures:
-        files = find_own_pictures(settings.pictures)
-        train_model.from_first(classify, model, run, VIEW_PLACES[settings.views], files)
+        train_model.from_first(classify, model, run, settings)
         return
     image_size = run["settings"]["IMAGE_SIZE"]
     folder = train_model.copies_folder(settings.small_dir, image_size)
-    places = train_model.from_first(prepare_test, run, folder, settings)
-    labels = {path: run["split"]["test"][path] for path in places}
-    views = predict_views(model, labels, places, folder, image_size, settings)
-    train_model.from_first(write_results, run, places, views, folder, settings)
+    labels = train_model.from_first(prepare_test, run, folder, settings)
+    views = predict_views(model, labels, folder, image_size, settings)
+    train_model.from_first(write_results, run, labels, views, folder, settings)
 
 
 def main(argv=None):

@@ -25,11 +25,11 @@ import multiprocessing
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import stat
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -44,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -95,10 +95,13 @@ MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
 CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each direction
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
 CLIP_NORM = 1.0  # largest norm of the gradient
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what they begin with in a spreadsheet
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # they begin so in spreadsheets, and with ' no more
 TIFF_BITS, TIFF_ZERO = 258, 262  # tags: bits of a pixel; whether zero is black
 READ_EVERY = 20  # batches; reading the loss more often would hold up the device
-FORMAT = 2  # of the checkpoints
+FORMAT = 3  # of the checkpoints
+RANK, WORLD_SIZE = (  # the number of this process, from 0, and how many torchrun has started
+    int(os.environ.get(name, alone)) if "LOCAL_RANK" in os.environ else alone
+    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 # --------------------------------------------------------------------------------------- paintings
 
@@ -113,6 +116,32 @@ def report(items, what):
     if items:
         dots = ", ..." if len(items) > 3 else ""
         print(f"{what}: {len(items):,} ({', '.join(map(printable, items[:3]))}{dots})")
+
+
+def duration(seconds):
+    """Return a time in words: 45 s, 12 min, or 1 h 05 min."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class Progress(tqdm):
+    """A bar that counts paintings on a terminal; elsewhere, as in a log, a line a minute."""
+
+    def __init__(self, title, total):
+        self.wait = 0.1 if sys.stderr.isatty() else 60  # seconds
+        super().__init__(desc=title, total=total, unit=" paintings", leave=False, miniters=1,
+                         mininterval=self.wait, delay=self.wait, disable=RANK > 0)
+
+    def display(self, msg=None, pos=None):
+        """Show the bar, as tqdm asks at most every `wait` seconds."""
+        if self.wait < 1:
+            super().display(msg, pos)
+        elif msg is None:  # '' would clear the bar
+            rate, loss = self.n / self.format_dict["elapsed"], self.postfix or ""
+            print(f"{self.desc}: {self.n:,} of {self.total:,} paintings{loss}, {rate:,.1f} "
+                  f"paintings/s, {duration((self.total - self.n) / rate)} left", file=sys.stderr)
 
 
 def is_picture(name):
@@ -132,28 +161,18 @@ def reason_of(error, path):
     return printable(error) or type(error).__name__
 
 
-def stamp_of(path):
-    """Return size and modification time of a file, as bytes; None where it is no regular file."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        return reason_of(error, path) and None
-    regular = stat.S_ISREG(status.st_mode)
-    return b"original: %d bytes, %d ns" % (status.st_size, status.st_mtime_ns) if regular else None
-
-
 def find_paintings(data_dir):
-    """Return {"Style/name.jpg": stamp} of the originals, sorted; report what is passed over."""
+    """Return the originals, "Style/name.jpg" each, sorted; report what is passed over."""
     def note(error):
         passed_over.append(reason_of(error, error.filename))
 
-    found, passed_over, depth = {}, [], len(data_dir.parts)
+    found, passed_over, depth = [], [], len(data_dir.parts)
     for folder, inner, names in os.walk(data_dir, onerror=note, followlinks=True):
         place = Path(folder).parts[depth:]  # (), (style,), or (style, a folder inside)
         inner[:] = [name for name in inner if name[0] != "." and len(place) < 2]
         paths = ["/".join((*place, name)) for name in names if name[0] != "."]
         pictures = list(filter(is_picture, paths)) if len(place) == 1 else []
-        found |= {path: stamp_of(data_dir / path) for path in pictures}
+        found += pictures
         passed_over += set(paths) - set(pictures)
         if len(place) == 1 and not pictures:
             passed_over.append(f"{place[0]}/")
@@ -164,7 +183,7 @@ def find_paintings(data_dir):
                          f"ArtGAN's WikiArt ({ARTGAN}) so that its folders are there, or tell "
                          "where they are by --data-dir; python tests/demo.py goes without")
     print(f"{len(found):,} paintings in {printable(data_dir)}")
-    return dict(sorted(found.items()))
+    return sorted(found)
 
 
 def shrink(size, short_side):
@@ -258,13 +277,6 @@ def encode_small(path, short_side, stamp=b""):
     return jpeg.getvalue()
 
 
-def is_stamped(file, stamp):
-    """Return whether a small copy is there and bears a stamp."""
-    with contextlib.suppress(OSError), open(file, "rb") as copy:
-        return stamp in copy.read(100)
-    return False
-
-
 def small_name(path):
     """Return a painting's own name in SMALL_DIR: x.jpg stays, x.png is x.png.jpg, and so on."""
     unambiguous = path.endswith(".jpg") and not path[:-4].lower().endswith(ENDINGS)
@@ -329,19 +341,28 @@ def prepare_copies(found, data_dir, folder):
     changed one is copied anew. Threads do the work, since Pillow frees the interpreter while it
     decodes, resizes and encodes.
     """
-    def make_copy(path):
-        """Write the small copy of a painting; return None, or the reason why it is bad."""
+    written, bad = [], {}
+
+    def update(path):
+        """Write the small copy of a painting, if it is not there yet."""
+        copy = folder / small_name(path)
         try:
-            if found[path] is None:
+            status = os.stat(data_dir / path)
+            stamp = b"original: %d bytes, %d ns" % (status.st_size, status.st_mtime_ns)
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError("no regular file")
-            if len(os.fsencode(os.path.basename(small_name(path)))) > 255:
+            if len(os.fsencode(copy.name)) > 255:
                 raise ValueError("the name is too long for a small copy")
-            jpeg = encode_small(data_dir / path, int(folder.name), found[path])
+            with contextlib.suppress(FileNotFoundError), open(copy, "rb") as file:
+                if stamp in file.read(100):
+                    return
+            jpeg = encode_small(data_dir / path, int(folder.name), stamp)
         except Exception as error:  # of nearly any kind, from Pillow
-            return reason_of(error, data_dir / path)
-        (folder / path).parent.mkdir(exist_ok=True)
-        write_whole(folder / small_name(path), jpeg)
-        return None
+            bad[path] = reason_of(error, data_dir / path)
+            return
+        copy.parent.mkdir(exist_ok=True)
+        write_whole(copy, jpeg)
+        written.append(copy)
 
     taken = f"waiting for another process, which prepares {printable(folder)}"
     with locked(folder, taken, wait=True), ThreadPool(cores()) as pool:
@@ -349,25 +370,20 @@ def prepare_copies(found, data_dir, folder):
         if len(names) < len(found) and (folder / ".LOCK").exists():
             raise ValueError(f"{folder} does not tell names apart that differ only in case, and "
                              f"{data_dir} has such: choose a SMALL_DIR on another disk")
-        outdated = [path for path, stamp in found.items()
-                    if not stamp or not is_stamped(folder / small_name(path), stamp)]
-        step = len(outdated) // 100 + 1  # so that the first ones are a sample of all
-        outdated = [path for start in range(step) for path in outdated[start::step]]
-        bar = tqdm(pool.imap(make_copy, outdated), "small copies", len(outdated), disable=None)
-        bad, copies = {}, []
+        missing = len(found) - sum(1 for _ in folder.glob("*/*.jpg"))
+        sample = found[:: len(found) // 100 + 1]  # of all of them, comes first
+        work = pool.imap(update, dict.fromkeys(sample + found))
         try:
-            for path, reason in zip(outdated, bar):
-                if reason:
-                    bad[path] = reason
-                    continue
-                copies.append(folder / small_name(path))
-                if len(copies) == 100:
-                    check_space(copies, len(outdated) - 100)
+            with Progress("small copies", len(found)) as bar:
+                for done, _ in enumerate(work, 1):
+                    bar.update()
+                    if done == len(sample) < len(found) and written:
+                        check_space(written, missing - len(written))
         finally:  # after an error or Ctrl-C too, wait for the copies that are being written
             pool.terminate()
             pool.join()
-    print(f"small copies: {len(copies):,} written, {len(found) - len(outdated):,} were there "
-          "already")
+    there = len(found) - len(written) - len(bad)
+    print(f"small copies: {len(written):,} written, {there:,} were there already")
     report([f"{path} ({bad[path]})" for path in sorted(bad)], "pictures that cannot be used")
     return bad
 
@@ -459,29 +475,35 @@ def read_names(found, attribute, min_paintings):
     return class_names, labels, None
 
 
+def spelling(path):
+    """Return what all spellings of a garbled name share: folder, and ASCII letters and digits."""
+    return style(path), re.sub("[^A-Za-z0-9]", "", file_name(path))
+
+
 def locate(paths, found):
     """Return {path: path on disk} of the paths that are on disk, as they are or spelt otherwise.
 
     Some of ArtGAN's names are garbled, and a disk may hold such a name as listed, repaired, or with
-    _ for each odd character. So a path that is not there exactly is looked for by its folder and
-    the ASCII letters and digits of its name, where they are most of it, and is taken where one path
-    and one file agree.
+    _ for each odd character. So a path that is not there exactly is looked for by its `spelling`,
+    where the letters are most of the name, and is taken where one path and one file agree.
     """
-    places = {path: path for path in paths if path in found}
-
-    def by_spelling(names):
-        groups = defaultdict(list)
-        for name in names:
-            letters = re.sub("[^A-Za-z0-9]", "", file_name(name))
-            if 2 * len(letters) > len(file_name(name)):
-                groups[style(name), letters].append(name)
-        return groups
-
-    files = by_spelling(path for path in found if path not in places)
-    for spelling, lost in by_spelling(path for path in paths if path not in places).items():
-        if len(lost) == len(files[spelling]) == 1:
-            places[lost[0]] = files[spelling][0]
+    places = {path: path for path in set(paths).intersection(found)}
+    lost, files = defaultdict(list), defaultdict(list)
+    for group, names in ((lost, paths), (files, found)):
+        for path in set(names).difference(places):
+            group[spelling(path)].append(path)
+    for key, (path, *others) in lost.items():
+        enough = 2 * len(key[1]) > len(file_name(path))
+        if enough and not others and len(files[key]) == 1:
+            places[path] = files[key][0]
     return places
+
+
+def respell(split, found):
+    """Return a split with its paths as they are spelt on disk, where they are there."""
+    places = locate([path for labels in split.values() for path in labels], found)
+    return {part: {places.get(path, path): label for path, label in labels.items()}
+            for part, labels in split.items()}
 
 
 # ------------------------------------------------------------------------------------------- split
@@ -540,15 +562,15 @@ def split_paintings(labels, test_list, group_by, seed):
     return {part: dict(sorted(split[part].items())) for part in PARTS}, source
 
 
-def keep_usable(split, places, bad):
-    """Return a split without what is not on disk, by {path: path on disk}, or is bad."""
-    usable = {part: {path: label for path, label in split[part].items()
-                     if path in places and places[path] not in bad} for part in PARTS}
-    classes, sizes = len(set(usable["train"].values())), [len(usable[part]) for part in PARTS]
+def keep_usable(split, usable):
+    """Return a split of the usable paintings alone."""
+    split = {part: {path: label for path, label in split[part].items() if path in usable}
+             for part in PARTS}
+    classes, sizes = len(set(split["train"].values())), [len(split[part]) for part in PARTS]
     if classes < 2 or not all(sizes):
         raise ValueError("a classifier needs two classes, and paintings to train, validate and test"
                          f", and has {classes} and {sizes}: are DATA_DIR and MIN_PAINTINGS right?")
-    return usable
+    return split
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -651,24 +673,10 @@ def join_processes():
     """Join the processes that torchrun started, if it did, and take a GPU of one's own."""
     if "LOCAL_RANK" in os.environ:
         if cuda := torch.cuda.is_available():
-            local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if local_rank >= gpus:
-                raise ValueError(f"torchrun started more processes than the {gpus} GPUs here: "
-                                 "lower --nproc-per-node")
-            torch.cuda.set_device(local_rank)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if cuda else "gloo")
-        if rank():
+        if RANK > 0:
             sys.stdout = io.StringIO()  # the first process speaks for all
-
-
-def rank():
-    """Return the number of this process, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def world_size():
-    """Return the number of processes."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 @functools.cache
@@ -679,18 +687,13 @@ def patient_group():
 
 def from_first(function, *given):
     """Return what a function of the first process returns, to all processes."""
-    values = [function(*given) if rank() == 0 else None]
-    if world_size() > 1:
+    values = [function(*given) if RANK == 0 else None]
+    if WORLD_SIZE > 1:
         distributed.broadcast_object_list(values, group=patient_group())
     return values[0]
 
 
 # ---------------------------------------------------------------------------------------- training
-
-
-def seed_of(*parts):
-    """Return a seed of 32 bits that follows from the parts alone, on every machine."""
-    return zlib.crc32(" ".join(map(str, parts)).encode("utf-8", "surrogateescape"))
 
 
 def square(image, image_size, place=0.5):
@@ -702,15 +705,15 @@ def square(image, image_size, place=0.5):
 class Paintings(Dataset):
     """Small copies as pixels: `paintings[index, epoch]` is (pixels (S, S, 3) uint8, label).
 
-    labels: {path: label}; places: {path: path on disk}. With a seed it is a random crop of 0.35 to
-    1 of the area, flipped or not, which follows from (seed, epoch, painting) alone; without, the
-    `square` at `view`, by default the centre.
+    labels: {path on disk: label}. With a seed it is a random crop of 0.35 to 1 of the area, flipped
+    or not, which follows from (seed, epoch, painting) alone; without, the `square` at `view`, by
+    default the centre.
     """
 
-    def __init__(self, folder, labels, places, image_size, seed=None, view=0.5):
+    def __init__(self, folder, labels, image_size, seed=None, view=0.5):
         self.folder, self.image_size, self.seed, self.view = str(folder), image_size, seed, view
         # in one array each: lists of 81,446 objects would grow in every worker
-        self.paths = np.array([small_name(places[path]) for path in labels])
+        self.paths = np.array([small_name(path) for path in labels])
         self.labels = np.array(list(labels.values()), dtype=np.int64)
         crop = v2.RandomResizedCrop(image_size, scale=(0.35, 1))
         self.vary = v2.Compose([crop, v2.RandomHorizontalFlip()])
@@ -732,9 +735,25 @@ class Paintings(Dataset):
             image = square(image, self.image_size, self.view)
         else:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed_of(self.seed, epoch, path))
+                words = f"{self.seed} {epoch} {path}".encode("utf-8", "surrogateescape")
+                torch.default_generator.manual_seed(zlib.crc32(words))
                 image = self.vary(image)
         return torch.from_numpy(np.array(image)), self.labels[index]
+
+
+def write_crops(path, paintings, class_names):
+    """Draw 32 paintings as the model sees them in its first epoch, each over its class name."""
+    size = paintings.image_size
+    order = np.random.default_rng((paintings.seed, 1)).permutation(len(paintings))[:32]
+    sheet = Image.new("RGB", (8 * size, math.ceil(len(order) / 8) * (size + 20)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, index in enumerate(order):
+        left, top = place % 8 * size, place // 8 * (size + 20)
+        pixels, label = paintings[index, 1]
+        sheet.paste(Image.fromarray(pixels.numpy()), (left, top))
+        draw.text((left + 2, top + size + 2), printable(class_names[label])[: size // 7], "black")
+    sheet.save(jpeg := io.BytesIO(), "JPEG", quality=90)
+    write_whole(path, jpeg.getvalue())
 
 
 class Batches:
@@ -748,8 +767,8 @@ class Batches:
         self.order, self.seed, self.epoch = np.arange(count), seed, 0
         steps = math.ceil(count / batch_size)
         self.sizes = [len(batch) for batch in np.array_split(self.order, steps)]
-        if self.sizes[-1] < world_size():
-            raise ValueError(f"{world_size()} processes cannot share batches of {self.sizes[-1]} "
+        if self.sizes[-1] < WORLD_SIZE:
+            raise ValueError(f"{WORLD_SIZE} processes cannot share batches of {self.sizes[-1]} "
                              "paintings: raise BATCH_SIZE, or start fewer")
 
     def __len__(self):
@@ -760,7 +779,7 @@ class Batches:
         if self.seed is not None:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
         for batch in np.array_split(order, len(self)):
-            yield [(index, self.epoch) for index in batch[rank()::world_size()].tolist()]
+            yield [(index, self.epoch) for index in batch[RANK::WORLD_SIZE].tolist()]
 
 
 def begin_worker(_):
@@ -794,7 +813,7 @@ def move_to_fastest(model):
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         model.precision = torch.bfloat16 if bf16 else torch.float16
-    elif torch.backends.mps.is_available() and world_size() == 1:  # gloo knows no MPS
+    elif torch.backends.mps.is_available() and WORLD_SIZE == 1:  # gloo knows no MPS
         device = torch.device("mps")
     else:
         with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
@@ -840,17 +859,38 @@ def rate_at(progress, epochs, frozen_epochs, warmup_epochs):
     return warm * (1 + math.cos(math.pi * progress / epochs)) / 2
 
 
-def progress_bar(loader, title):
-    """Return a bar that counts the paintings of a pass, those of other processes too."""
-    return tqdm(desc=title, total=len(loader.dataset), unit=" paintings", leave=False,
-                disable=True if rank() else None)  # None: where the output is no terminal
+def compare(logits, labels):
+    """Return what logits (N, C) say of the given labels (N), as (N, 3).
+
+    The margin (the best other logit over that of the given class; positive where the model
+    disagrees), the probability of the given class, and the label of the best other.
+    """
+    labels = labels[:, None]
+    given, others = logits.gather(1, labels), logits.scatter(1, labels, -torch.inf).max(1)
+    probability = logits.softmax(1).gather(1, labels)
+    return torch.stack([others.values - given[:, 0], probability[:, 0], others.indices], 1)
+
+
+def gather(outputs, loader):
+    """Return the outputs for a loader's batches in the paintings' order, from all processes."""
+    indices = [index for batch in loader.batch_sampler for index, _ in batch]
+    shares = [(indices, torch.cat(outputs).cpu())]
+    if WORLD_SIZE > 1:
+        shares, own = [None] * WORLD_SIZE, shares[0]
+        distributed.all_gather_object(shares, own, patient_group())
+    indices, outputs = zip(*shares)
+    return torch.cat(outputs)[np.argsort(np.concatenate(indices))]
 
 
 def train_epoch(model, loader, optimizer, scaler, rates, title):
-    """Train on each batch once, at its share of the peak rates; return a painting's mean loss."""
-    device, count = next(model.parameters()).device, world_size()
+    """Train on each batch once, at its share of the peak rates.
+
+    Returns a painting's mean loss, and `compare` of all paintings before their steps.
+    """
+    device, count = next(model.parameters()).device, WORLD_SIZE
     total, done = torch.zeros((), device=device), 0  # of the losses, of all paintings
-    with progress_bar(loader, title) as bar:
+    compared = []
+    with Progress(title, len(loader.dataset)) as bar:
         steps = zip(loader, loader.batch_sampler.sizes, rates)
         for step, ((pixels, labels), size, rate) in enumerate(steps, 1):
             for group in optimizer.param_groups:
@@ -866,6 +906,7 @@ def train_epoch(model, loader, optimizer, scaler, rates, title):
             nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             scaler.step(optimizer)
             scaler.update()
+            compared.append(compare(logits.detach(), labels))
             total += loss.detach() * size / count
             done += size
             if step % READ_EVERY == 0 or step == len(rates):
@@ -875,13 +916,13 @@ def train_epoch(model, loader, optimizer, scaler, rates, title):
                         f"{title}, batch {step}, at {rate:.3f} of the peak learning rate: the loss "
                         "or its gradient is not finite; nothing of this epoch is kept; try a "
                         "smaller LEARNING_RATE")
-                bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+                bar.set_postfix_str(f", loss {mean:.3f}", refresh=False)
             bar.update(size)
     if count > 1:  # the batch norms of the first process are those that are saved
         distributed.all_reduce(total)
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
-    return total.item() / done
+    return total.item() / done, gather(compared, loader)
 
 
 @torch.inference_mode()
@@ -889,30 +930,44 @@ def evaluate(model, loader, title):
     """Return the logits (N, classes) of all paintings of a loader, on the CPU, in their order."""
     device, logits = next(model.parameters()).device, []
     model.eval()
-    with progress_bar(loader, title) as bar:
+    with Progress(title, len(loader.dataset)) as bar:
         for (pixels, _), size in zip(loader, loader.batch_sampler.sizes):
             logits.append(model(to_images(pixels, device)))
             bar.update(size)
-    logits = torch.cat(logits).cpu()
-    if world_size() > 1:  # bring the shares of all processes into the order of the paintings
-        indices = [index for batch in loader.batch_sampler for index, _ in batch]
-        shares = [None] * world_size()
-        distributed.all_gather_object(shares, (indices, logits), patient_group())
-        indices, logits = zip(*shares)
-        logits = torch.cat(logits)[np.argsort(np.concatenate(indices))]
+    logits = gather(logits, loader)
     if not logits.isfinite().all():
         raise ValueError(f"{title}: the model's outputs are not finite")
     return logits
 
 
-def train(run, model, split, places, settings):
+def note_margins(run, split, part, compared, fresh):
+    """Add what was compared in a part to the run's sums, (paintings listed, 4), or begin afresh.
+
+    Columns: those of `compare`, of which the label is the latest and no sum; number of epochs.
+    """
+    usable = torch.tensor([path in split[part] for path in run["split"][part]])
+    if fresh or part not in run["margins"]:
+        run["margins"][part] = torch.zeros(len(usable), 4)
+    sums = run["margins"][part]
+    sums[usable, 2] = 0
+    sums[usable] += nn.functional.pad(compared, (0, 1), value=1)
+
+
+def best_epoch(history):
+    """Return the epoch, from 1, of the highest validation accuracy, the first of equals."""
+    return max(history, key=lambda row: row["validation_accuracy"])["epoch"]
+
+
+def train(run, model, split, settings):
     """Train from where the run stands to the last epoch, saving each before the next begins."""
     epochs, history = settings.epochs, run["history"]
     pretrained = settings.weights != "none"
     frozen_epochs = settings.frozen_epochs if pretrained else 0
     backbone_rate = settings.backbone_rate if pretrained else 1
     fixed_norms = pretrained and settings.batch_norms == "fixed"
+    early = max(epochs // 4, frozen_epochs + 1)  # the last epoch that margins are kept of
     device = move_to_fastest(model)
+    run["device"] = f"{device}, {model.precision or torch.float32}"
     optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision is torch.float16)
     if history:
@@ -920,37 +975,41 @@ def train(run, model, split, places, settings):
         optimizer.load_state_dict(run.pop("optimizer"))
         if state := run.pop("scaler"):  # empty where the earlier device went without
             scaler.load_state_dict(state)
+    folder = copies_folder(settings.small_dir, settings.image_size)
     loader, validation_loader = (
-        make_loader(Paintings(copies_folder(settings.small_dir, settings.image_size), split[part],
-                              places, settings.image_size, seed),
+        make_loader(Paintings(folder, split[part], settings.image_size, seed),
                     settings.batch_size, settings.workers, device)
         for part, seed in (("train", settings.seed), ("validation", None)))
     iter(validation_loader)  # starts its workers while there is little memory to share with them
-    validation_labels = torch.tensor(list(split["validation"].values()))
-    print(f"device {device}, {model.precision or torch.float32}, "
-          f"loader processes {loader.num_workers}")
+    labels = torch.tensor(list(split["validation"].values()))
+    print(f"device {run['device']}, loader processes {loader.num_workers}")
+    print("   epoch  training loss  validation loss  accuracy  paintings/s  left (* = best)")
     for epoch in range(len(history) + 1, epochs + 1):
         title, begun = f"epoch {epoch}/{epochs}", time.perf_counter()
-        torch.manual_seed(seed_of(settings.seed, epoch) + rank())  # of dropout
+        torch.manual_seed(zlib.crc32(f"{settings.seed} {epoch} {RANK}".encode()))  # of dropout
         loader.batch_sampler.epoch = epoch
         rates = [rate_at(epoch - 1 + (step + 0.5) / len(loader), epochs, frozen_epochs,
                          settings.warmup_epochs) for step in range(len(loader))]
         model.start_training(frozen=epoch <= frozen_epochs, fixed_norms=fixed_norms)
-        parallel = DistributedDataParallel(model) if world_size() > 1 else model
+        parallel = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
         parallel.broadcast_buffers = False  # `train_epoch` does it once
-        loss = train_epoch(parallel, loader, optimizer, scaler, rates, title)
+        loss, compared = train_epoch(parallel, loader, optimizer, scaler, rates, title)
         speed = len(split["train"]) / (time.perf_counter() - begun)
         logits = evaluate(model, validation_loader, f"{title} validation")
-        accuracy = (logits.argmax(1) == validation_labels).double().mean().item()
-        validation_loss = nn.functional.cross_entropy(logits, validation_labels).item()
-        seconds = time.perf_counter() - begun
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
+        validation_loss = nn.functional.cross_entropy(logits, labels).item()
         history.append({"epoch": epoch, "training_loss": loss, "validation_loss": validation_loss,
                         "validation_accuracy": accuracy, "paintings_per_second": speed,
-                        "learning_rate": settings.learning_rate * rates[-1], "seconds": seconds})
+                        "learning_rate": settings.learning_rate * rates[-1],
+                        "seconds": time.perf_counter() - begun})
+        if epoch <= early:
+            note_margins(run, split, "train", compared, fresh=epoch <= frozen_epochs + 1)
+        if best_epoch(history) == epoch:
+            note_margins(run, split, "validation", compare(logits, labels), fresh=True)
         from_first(save_epoch, run, model, optimizer, scaler, settings.output_dir)
-        print(f"{title}: training loss {loss:.3f}, validation loss {validation_loss:.3f}, "
-              f"validation accuracy {100 * accuracy:.2f} %, {speed:,.1f} paintings/s, "
-              f"{seconds:.0f} s")
+        print(f"{f'{epoch}/{epochs}':>8} {loss:14.3f} {validation_loss:16.3f} {accuracy:9.2%}"
+              f"{'*' if best_epoch(history) == epoch else ' '} {speed:11,.1f}  "
+              f"{duration(history[-1]['seconds'] * (epochs - epoch))}")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -988,13 +1047,15 @@ def load_checkpoint(path):
 
 def write_table(path, columns, rows):
     """Write these columns of rows, dictionaries, as CSV in UTF-8 with a header."""
+    def cell(value):
+        if isinstance(value, float):
+            return f"{value:.6g}"
+        is_formula = isinstance(value, str) and value.startswith(FORMULAS)
+        return f"'{value}" if is_formula else value
+
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    for row in rows:
-        cells = [row[name] for name in columns]  # a ' keeps spreadsheets from taking formulas
-        table.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in FORMULAS else cell
-                        for cell in cells])
+    table.writerows([columns, *([cell(row[name]) for name in columns] for row in rows)])
     write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
@@ -1006,8 +1067,7 @@ def save_epoch(run, model, optimizer, scaler, output_dir):
     write_whole(output_dir / "class_names.txt", names.encode("utf-8"))
     best = run | {"model": model.state_dict()}
     last = best | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    *earlier, accuracy = (row["validation_accuracy"] for row in history)
-    checkpoints = {"model_best.pth": best} if accuracy > max(earlier, default=-1) else {}
+    checkpoints = {"model_best.pth": best} if best_epoch(history) == len(history) else {}
     checkpoints["model_last.pth"] = last  # comes last: a kill before it repeats the epoch, exactly
     for name, checkpoint in checkpoints.items():
         torch.save(checkpoint, content := io.BytesIO())
@@ -1038,18 +1098,16 @@ def check_settings(settings):
     choices = {"group_by": ("painting", "artist"), "batch_norms": ("fixed", "trained"),
                "views": (1, 3)}
     for name, value in vars(settings).items():
+        low, high = least.get(name, ""), most.get(name, 10**9)
+        if name in least and not (type(value) in (int, type(low)) and low <= value <= high):
+            raise ValueError(f"{name.upper()} must be a {'whole ' * (type(low) is int)}number from "
+                             f"{low} to {high:,}, not {value!r}")
         if name not in least and not isinstance(value, (str, list)):
             raise ValueError(f"{name.upper()} must be text, not {value!r}")
-        missing = value == "wikiart_csv" and not os.path.exists(value)
-        if name == "lists_dir" and (value == "none" or missing):
+        if name == "lists_dir" and value in ("none", "wikiart_csv") and not os.path.exists(value):
             settings.lists_dir = None
         elif name.endswith("_dir"):
             setattr(settings, name, Path(os.path.abspath(os.path.expanduser(value))))
-        elif name in least:
-            low, high = least[name], most.get(name, 10**9)
-            if type(value) not in (int, type(low)) or not low <= value <= high:
-                raise ValueError(f"{name.upper()} must be a {'whole ' * (type(low) is int)}number "
-                                 f"from {low} to {high:,}, not {value!r}")
         if value not in choices.get(name, (value,)):
             raise ValueError(f"{name.upper()} must be one of {choices[name]}, not {value!r}")
     if "group_by" in settings and settings.group_by == settings.attribute:
@@ -1065,10 +1123,8 @@ def check_folders(data_dir, small_dir, output_dir):
                              "folders apart")
     for folder in (small_dir, output_dir):
         there = next(path for path in (folder, *folder.parents) if path.exists())
-        try:
-            tempfile.TemporaryFile(dir=there).close()
-        except OSError as error:
-            raise OSError(f"cannot write into {folder}: {error.strerror}") from error
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise OSError(f"cannot write into {folder}")
 
 
 def explain(error, batch_size):
@@ -1080,6 +1136,8 @@ def explain(error, batch_size):
     for pattern, advice in (
         ("out of memory|ALLOC_FAILED|can't alloc",
          f"try a smaller BATCH_SIZE, such as --batch-size {max(1, batch_size // 2)}"),
+        ("invalid device ordinal", "torchrun started more processes than there are GPUs: lower "
+         "--nproc-per-node"),
         ("no kernel image", "this torch is too new for the GPU: see README.md, Windows and GPUs"),
         ("shared memory|No space left|DataLoader worker|Too many open files",
          "give Docker --shm-size=2g, or use fewer loaders, such as --workers 0"),
@@ -1118,7 +1176,7 @@ def run_script(work, settings):
 def set_up(settings):
     """Find, label and split the paintings, and load the weights to start from; write nothing.
 
-    Returns the run, its model, the stamps of the found paintings, and {path: path on disk}.
+    Returns the run, its model, and the found paintings.
     """
     found = find_paintings(settings.data_dir)
     check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
@@ -1131,53 +1189,83 @@ def set_up(settings):
             else read_names(found, settings.attribute, settings.min_paintings))
         split, source = split_paintings(labels, test_list, settings.group_by, settings.seed)
         run = {"format": FORMAT, "class_names": class_names, "split": split,
-               "split_source": source, "history": []}
+               "split_source": source, "history": [], "margins": {}}
     versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     run |= {"settings": lasting, "versions": versions}
-    paths = [path for part in PARTS for path in run["split"][part]]
-    places = locate(paths, found)
-    report([path for path in paths if path not in places], "paintings of the run not on disk")
-    report(sorted(found.keys() - set(places.values())), "paintings that are not of the run")
-    if paths and not places:
-        raise ValueError(f"{len(paths):,} paintings are listed, and none of them is in "
-                         f"{settings.data_dir}, where the first is {min(found)}: do they belong "
+    run["split"] = respell(run["split"], found)
+    listed, on_disk = [path for part in PARTS for path in run["split"][part]], set(found)
+    missing = [path for path in listed if path not in on_disk]
+    report(missing, "paintings of the run not on disk")
+    few = f", or have too few of their artist (MIN_PAINTINGS is {settings.min_paintings})"
+    report(sorted(on_disk.difference(listed)), "paintings that are not of the run"
+           + few * (settings.attribute == "artist" and not settings.lists_dir))
+    there, wanted = set(map(style, found)), set(map(style, listed))
+    report(sorted(wanted - there), "folders gone")
+    report(sorted(there - wanted), "folders new")
+    if listed and len(missing) == len(listed):
+        raise ValueError(f"{len(listed):,} paintings are listed, and none of them is in "
+                         f"{settings.data_dir}, where the first is {found[0]}: do they belong "
                          "together?")
-    keep_usable(run["split"], places, bad={})
+    keep_usable(run["split"], on_disk)
     torch.manual_seed(settings.seed)
     model = ArtClassifier(len(run["class_names"]), settings.dropout)
     if run["history"]:
         load_weights(model, run.pop("model"), settings.output_dir / "model_last.pth")
     elif settings.epochs and settings.weights != "none":
         load_resnet(model.features.resnet, settings.weights)
-    return run, model, found, places
+    return run, model, found
 
 
-def prepare(run, found, places, settings):
+def prepare(run, found, settings):
     """Prepare the small copies; return {part: {path: label}} of the paintings that can be used."""
     folder = copies_folder(settings.small_dir, settings.image_size)
     bad = prepare_copies(found, settings.data_dir, folder)
     lines = "".join(f"{printable(path)}\t{bad[path]}\n" for path in sorted(bad))
-    write_whole(settings.output_dir / "bad_files.txt", lines.encode("utf-8"))
-    split, class_names = keep_usable(run["split"], places, bad), run["class_names"]
+    write_whole(file := settings.output_dir / "bad_files.txt", lines.encode("utf-8"))
+    if bad:
+        print(f"all of them, with the reasons: {printable(file)}")
+    split, class_names = keep_usable(run["split"], set(found).difference(bad)), run["class_names"]
     sizes = ", ".join(f"{len(split[part]):,} {part}" for part in PARTS)
     print(f"split: {sizes} paintings in {len(class_names)} classes")
-    used = set().union(*(split[part].values() for part in PARTS))
-    report([name for label, name in enumerate(class_names) if label not in used],
-           "classes without a painting")
+    for part in PARTS:
+        used = set(split[part].values())
+        report([name for label, name in enumerate(class_names) if label not in used],
+               f"classes without a {part} painting")
+    counts = Counter(label for part in PARTS for label in split[part].values()).most_common()
+    sizes = (f"{printable(class_names[label])} ({n:,})" for label, n in (counts[0], counts[-1]))
+    print("the largest and the smallest class: " + ", ".join(sizes))
+    if not run["history"]:
+        crops = Paintings(folder, split["train"], settings.image_size, settings.seed)
+        write_crops(settings.output_dir / "crops.jpg", crops, class_names)
     return split
+
+
+def print_end(history, settings):
+    """Print what was trained, and what to do next."""
+    best, seconds = history[best_epoch(history) - 1], sum(row["seconds"] for row in history)
+    print(f"trained {len(history)} epochs in {duration(seconds)}; best: epoch {best['epoch']}, "
+          f"validation accuracy {100 * best['validation_accuracy']:.2f} %, "
+          f"{printable(settings.output_dir / 'model_best.pth')}")
+    flags = [f" --{name}-dir {shlex.quote(str(folder))}" for name in ("data", "small", "output")
+             if (folder := getattr(settings, f"{name}_dir"))
+             != Path(SETTINGS[f"{name.upper()}_DIR"]).absolute()]
+    print(f"next: python test_model.py{printable(''.join(flags))}")
 
 
 def learn(settings):
     """Set up a run, or take up an earlier one, prepare its paintings, and train."""
-    run, model, found, places = from_first(set_up, settings)
+    run, model, found = from_first(set_up, settings)
     taken = (f"another training writes into {settings.output_dir}: wait for it, or give this one "
              "an OUTPUT_DIR of its own")
-    with contextlib.nullcontext() if rank() else locked(settings.output_dir, taken):
-        split = from_first(prepare, run, found, places, settings)
+    with contextlib.nullcontext() if RANK else locked(settings.output_dir, taken):
+        split = from_first(prepare, run, found, settings)
+        if not settings.epochs:
+            return
         if len(run["history"]) < settings.epochs:
-            train(run, model, split, places, settings)
-        elif settings.epochs:
+            train(run, model, split, settings)
+        else:
             print(f"all {len(run['history'])} epochs are trained; a larger EPOCHS trains further")
+        print_end(run["history"], settings)
 
 
 def main(argv=None):

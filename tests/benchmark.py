@@ -70,7 +70,7 @@ def paint(path, size):
 
 
 def find(folder):
-    """Return {"Style/name.jpg": stamp} of the pictures in a folder."""
+    """Return the pictures, "Style/name.jpg", in a folder."""
     with quietly():
         return train_model.find_paintings(folder)
 
@@ -165,7 +165,7 @@ def this_project(options, in_memory=False):
     for count, seed in ((options.pictures, 0), (2 * options.pictures, None)):
         chosen = list(labels)[:count]
         paintings = train_model.Paintings(copies, {path: labels[path] for path in chosen},
-                                          dict(zip(chosen, chosen)), options.image_size, seed)
+                                          options.image_size, seed)
         loaders.append(train_model.make_loader(
             paintings, options.batch_size, 0 if in_memory else options.workers, device))
     train_loader, test_loader = [InMemory(loader, device) if in_memory else loader

@@ -3,10 +3,10 @@
     python tests/planted.py wikiart wikiart_csv [flags of train_model.py]
 
 Flips 5 % of ArtGAN's style labels, in the training and the test list alike, trains and tests on
-them with the two scripts, and prints how well the margin, and for comparison low confidence in
-general, find the planted ones among the test paintings: AUROC, and precision among as many as were
-planted. Uniform flips go to any other style that has paintings; most-confused flips go to the
-style that a model without flips takes the true one for most often.
+them with the two scripts, and prints how well the margin alone, the witness alone and both find
+the planted ones in the whole collection: AUROC, precision among as many as were planted, and the
+share of them in the first 5 %. Flips go to any other style that has paintings, or to the style
+that a model without flips takes the true one for most often.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tests.paintings import write_lists
 
 
 def train_and_test(data_dir, class_names, listed, folder, flags):
-    """Train and test on the lists; return {path: row of predictions.csv and outliers.csv}."""
+    """Train and test on the lists; return the rows of predictions.csv and of outliers.csv."""
     write_lists(folder / "lists", "style", class_names, list(listed["train"].items()),
                 list(listed["test"].items()))
     places = [f"--data-dir={data_dir}", f"--small-dir={folder.parent / 'small'}",
@@ -35,12 +35,11 @@ def train_and_test(data_dir, class_names, listed, folder, flags):
         sys.exit(1)
     if test_model.main([*places, "--outliers-per-class=1000000"]):
         sys.exit(1)
-    rows = {}
+    tables = []
     for name in ("predictions.csv", "outliers.csv"):
         with open(folder / name, encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                rows.setdefault(row["path"], {}).update(row)
-    return rows
+            tables.append(list(csv.DictReader(file)))
+    return tables
 
 
 def flip(listed, choose, seed):
@@ -57,15 +56,26 @@ def flip(listed, choose, seed):
 
 
 def describe(kind, rows, planted):
-    """Print how well two scores find the planted labels among the rows."""
-    truth = np.array([path in planted for path in rows])
-    scores = {"margin of the given label": [float(row["margin"]) for row in rows.values()],
-              "low confidence in general": [-float(row["probability"]) for row in rows.values()]}
-    for name, values in scores.items():
-        first = np.argsort(-np.array(values), kind="stable")[: truth.sum()]
-        print(f"{kind}, {name}: AUROC {roc_auc_score(truth, values):.2f}, precision "
-              f"{truth[first].mean():.2f} ({truth[first].sum()} of {truth.sum()} planted among "
-              f"{len(rows)})")
+    """Print how well three scores find the planted labels among the rows."""
+    doubt = np.array([float(row["doubt"]) for row in rows])
+    margins = np.zeros(len(rows))
+    for part in train_model.PARTS:
+        own = np.array([row["part"] == part for row in rows])
+        margins[own] = test_model.rank_shares(
+            [float(row["margin"]) for row in rows if row["part"] == part])
+    heard = np.array([int(row["witness_paintings"]) > 0 for row in rows])
+    witness = np.where(heard, 2 * doubt - margins, 0.5)  # doubt is the mean of both
+    parts = {"the whole collection": np.ones(len(rows), dtype=bool)} | {
+        part: np.array([row["part"] == part for row in rows]) for part in train_model.PARTS}
+    truth = np.array([row["path"] in planted for row in rows])
+    for place, inside in parts.items():
+        for name, values in (("margin", margins), ("witness", witness), ("doubt", doubt)):
+            order = np.argsort(-values[inside], kind="stable")
+            ranked, number = truth[inside][order], truth[inside].sum()
+            early = ranked[: round(len(ranked) / 20)].sum()
+            print(f"{kind}, {place}, {name}: AUROC "
+                  f"{roc_auc_score(truth[inside], values[inside]):.3f}, precision "
+                  f"{ranked[:number].mean():.2f}, {early} of {number} planted in the first 5 %")
 
 
 def main():
@@ -74,6 +84,7 @@ def main():
         description=__doc__.partition("\n")[0], epilog="All flags are those of train_model.py.")
     parser.add_argument("data_dir")
     parser.add_argument("lists_dir", type=Path)
+    parser.add_argument("--flips", type=int, default=0, dest="seed", help="their seed [0]")
     options, flags = parser.parse_known_args()
     data_dir = options.data_dir
     try:
@@ -84,20 +95,21 @@ def main():
               "test": {path: labels[path] for path in labels if path in test_list}}
     used = sorted(set(labels.values()))
     with tempfile.TemporaryDirectory() as name:
-        rows = train_and_test(data_dir, class_names, listed, Path(name, "plain"), flags)
-        taken = Counter((row["class"], row["predicted"]) for row in rows.values())
+        rows, _ = train_and_test(data_dir, class_names, listed, Path(name, "plain"), flags)
+        taken = Counter((row["class"], row["predicted"]) for row in rows)
         confused = {
             label: max((other for other in used if other != label),
                        key=lambda other: taken[class_names[label], class_names[other]])
             for label in used}
         ways = {
-            "uniform": lambda label, random: random.choice([x for x in used if x != label]).item(),
+            "any other": lambda label, random: random.choice(
+                [other for other in used if other != label]).item(),
             "most confused": lambda label, random: confused[label]}
         results = []
         for kind, choose in ways.items():
-            flipped, planted = flip(listed, choose, seed=0)
-            rows = train_and_test(data_dir, class_names, flipped, Path(name, kind), flags)
-            results.append((kind, rows, planted & rows.keys()))
+            flipped, planted = flip(listed, choose, options.seed)
+            _, rows = train_and_test(data_dir, class_names, flipped, Path(name, kind), flags)
+            results.append((kind, rows, planted))
         for result in results:
             describe(*result)
 

@@ -169,7 +169,7 @@ def test_what_own_folders_hold_beside_pictures_is_said(finished, tmp_path, capsy
         (tmp_path / "own" / name).write_bytes(b"\0\0\0\x18ftypheic")
     assert test_model.main(["--output-dir", str(finished.out), str(tmp_path / "own")]) == 0
     out = capsys.readouterr().out
-    assert "passed over: 3 (" in out and "b.heic" in out and out.count(" %\n") == 1
+    assert "passed over: 3 (" in out and "b.heic" in out and out.count("%\n") == 1
 
 
 # -------------------------------------------------------------------------- what some disks refuse
@@ -214,7 +214,7 @@ def test_odd_entries_do_not_end_the_listing(painted, capsys, monkeypatch):
     plant_error(monkeypatch, os, "scandir", "found$", errno.EACCES)
     assert tm.main(flags) == 0
     out = capsys.readouterr().out
-    assert "Permission denied" in out and "Cubism/loop.jpg (no regular file)" in out
+    assert "Permission denied" in out and "Cubism/loop.jpg ([Errno " in out
     assert "Loop" in out and "21 paintings in" in out
 
 
@@ -381,7 +381,7 @@ def test_the_number_of_loaders_is_bounded(monkeypatch, method, most):
     monkeypatch.setattr(tm.multiprocessing, "get_start_method", lambda: method)
     monkeypatch.setattr(tm, "cores", lambda: 64)
     monkeypatch.setattr(tm, "DataLoader", lambda *_, **options: options["num_workers"])
-    paintings = tm.Paintings("", {"A/x.jpg": 0}, {"A/x.jpg": "A/x.jpg"}, 64)
+    paintings = tm.Paintings("", {"A/x.jpg": 0}, 64)
     assert tm.make_loader(paintings, 1, -1, tm.torch.device("cpu")) == most
     assert DataLoader is not tm.DataLoader
 

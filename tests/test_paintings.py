@@ -57,7 +57,7 @@ def test_only_pictures_are_found(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "A" / "circle").symlink_to(tmp_path)
-    assert list(tm.find_paintings(tmp_path)) == sorted(wanted)
+    assert tm.find_paintings(tmp_path) == sorted(wanted)
     for empty in ("B", "C"):  # pictures, but in no folder; no folder at all
         with pytest.raises(ValueError, match=f"no picture in a folder of {tmp_path / empty}"):
             tm.find_paintings(tmp_path / empty)
@@ -139,7 +139,7 @@ def test_a_disk_too_small_for_the_copies_is_noticed_early(tmp_path, monkeypatch)
     monkeypatch.setattr(tm.shutil, "disk_usage", lambda _: usage._replace(free=9_999))
     with pytest.raises(OSError, match="0.0 GB are free: choose a SMALL_DIR on another disk"):
         prepare(tmp_path)
-    assert 100 <= len(copies(tmp_path)) < 300
+    assert 70 <= len(copies(tmp_path)) < 300
     monkeypatch.undo()
     assert prepare(tmp_path) == {} and len(copies(tmp_path)) == 300
 
@@ -182,7 +182,7 @@ def test_bad_pictures_are_listed_with_reasons(tmp_path):
     (data / "A/dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (data / "A/folder.jpg").mkdir()
     bad = prepare(tmp_path)
-    assert tm.find_paintings(data).keys() - bad.keys() == {"A/good.jpg"} and len(bad) >= 9
+    assert set(tm.find_paintings(data)) - bad.keys() == {"A/good.jpg"} and len(bad) >= 9
     assert all(reason and "\n" not in reason for reason in bad.values())
     assert copies(tmp_path) == {"A/good.jpg"}
     assert prepare(tmp_path) == bad
@@ -490,7 +490,8 @@ def test_classes_without_a_painting_are_reported(tmp_path, capsys):
     write_lists(tmp_path / "lists", "genre", ["a", "b", "c"], rows[::2], rows[1::2])
     flags = [*folders(tmp_path), "--lists-dir", str(tmp_path / "lists"), "--attribute", "genre"]
     assert tm.main([*flags, "--epochs", "0"]) == 0
-    assert "classes without a painting: 1 (c)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(f"classes without a {part} painting: 1 (c)" in out for part in tm.PARTS)
 
 
 def test_artists_stay_together():
@@ -586,7 +587,8 @@ def test_the_counts_of_a_whole_check(tmp_path, capsys):
     assert "split: 34 train, 5 validation, 9 test paintings in 5 classes" in out
     lines = (tmp_path / "out/bad_files.txt").read_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{paths[0]}\t")
-    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["bad_files.txt"]
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {
+        "bad_files.txt", "crops.jpg"}
 
 
 def test_tables_are_utf8_csv(tmp_path):

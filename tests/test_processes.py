@@ -31,7 +31,7 @@ def clip_and_print(*given):
     return norm
 
 def evaluate_alike(model, *given):
-    if tm.world_size() > 1:
+    if tm.WORLD_SIZE > 1:
         sums = [None] * 2
         own = [value.double().sum().item() for value in model.state_dict().values()]
         torch.distributed.all_gather_object(sums, own)
@@ -95,7 +95,7 @@ assert tm.main([*{going_on!r}, *other]) == 0
 def test_two_processes_train_as_one(together, tmp_path, monkeypatch, capsys):
     """The same split, batches, crops and gradients, all of them by the first process's flags."""
     out, folder = together.printed["train"], together.folder
-    assert out.count("epoch 1/1: training loss") == 1 and out.count("small copies: 40 written") == 1
+    assert len(re.findall(r"(?m)^ +1/1 ", out)) == out.count("small copies: 40 written") == 1
     assert out.count("alike\n") == 1 and not (folder / "elsewhere").exists()
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
@@ -134,7 +134,7 @@ def test_two_processes_test_as_one(together, capsys):
 def test_going_on_with_another_number_of_processes(together):
     """A run of one process goes on in two, whose norms see shares of batches, and in one again."""
     out = together.printed["go on"]
-    assert out.count("going on after epoch 2") == 1 and out.count("epoch 3/3: training loss") == 1
+    assert out.count("going on after epoch 2") == len(re.findall(r"(?m)^ +3/3 ", out)) == 1
     assert out.count("alike\n") == 1
     assert tm.main([*together.going_on, "--epochs", "4"]) == 0
     last = tm.load_checkpoint(together.folder / "others/model_last.pth")
@@ -156,7 +156,7 @@ if rank == "0":
 sys.exit(test_model.main({flags!r}))
 """)
     assert run.returncode != 0 and run.stderr.count("junk.jpg: cannot be read") == 1
-    assert run.stdout.count(" %\n") == 8
+    assert run.stdout.count("%\n") == 8
     assert run.stderr.count("error: 1 of 9 pictures could not be read") == 1
     assert "another process stopped; its own message says why" in run.stderr
     assert 'test_model.py", line' not in run.stderr and 'train_model.py", line' not in run.stderr
@@ -178,13 +178,17 @@ sys.exit(tm.main({[*finished.flags, "--output-dir", str(tmp_path / "out"), "--ep
 def test_more_processes_than_gpus_is_an_error(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def refuse(number):
+        raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be...")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
     assert tm.main(["--epochs", "1"]) == 1
-    assert "more processes than the 2 GPUs here" in capsys.readouterr().err
+    assert "more processes than there are GPUs" in capsys.readouterr().err
 
 
 def test_batches_that_cannot_be_shared_are_an_error(monkeypatch):
-    monkeypatch.setattr(tm, "world_size", lambda: 4)
+    monkeypatch.setattr(tm, "WORLD_SIZE", 4)
     with pytest.raises(ValueError, match="4 processes cannot share .* 2 paintings.*BATCH_SIZE"):
         tm.Batches(10, 2)
 
@@ -198,10 +202,10 @@ def test_shares_of_a_batch_are_the_batch(monkeypatch, count, seed):
         return list(made), made.sizes
 
     whole, sizes = batches()
-    monkeypatch.setattr(tm, "world_size", lambda: count)
+    monkeypatch.setattr(tm, "WORLD_SIZE", count)
     taken = []
     for number in range(count):
-        monkeypatch.setattr(tm, "rank", lambda number=number: number)
+        monkeypatch.setattr(tm, "RANK", number)
         shares, same_sizes = batches()
         assert same_sizes == sizes == [len(batch) for batch in whole]
         taken.append(shares)
