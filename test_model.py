@@ -619,7 +619,7 @@ def prepare_test(run, folder, settings):
     """
     train_model.check_folders(settings.data_dir, settings.small_dir, settings.output_dir)
     found = train_model.find_paintings(settings.data_dir)
-    run["split"] = train_model.respell(run["split"], found)
+    run["split"] = train_model.locate(run["split"], found)
     tested = set(found).intersection(run["split"]["test"])
     if tested:  # else nothing is written
         tested -= train_model.prepare_copies(sorted(tested), settings.data_dir, folder).keys()

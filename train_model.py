@@ -96,7 +96,6 @@ CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each dir
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
 CLIP_NORM = 1.0  # largest norm of the gradient
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # they begin so in spreadsheets, and with ' no more
-TIFF_BITS, TIFF_ZERO = 258, 262  # tags: bits of a pixel; whether zero is black
 READ_EVERY = 20  # batches; reading the loss more often would hold up the device
 FORMAT = 3  # of the checkpoints
 RANK, WORLD_SIZE = (  # the number of this process, from 0, and how many torchrun has started
@@ -121,7 +120,7 @@ def report(items, what):
 def duration(seconds):
     """Return a time in words: 45 s, 12 min, or 1 h 05 min."""
     minutes = round(seconds / 60)
-    if minutes < 1:
+    if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
@@ -198,8 +197,8 @@ def to_rgb(image, size):
         raise ValueError("its pixels are numbers of no known range")
     if image.mode.startswith("I;16"):  # grey, which convert() would clip
         wide, tags = np.asarray(image), getattr(image, "tag_v2", {})
-        grey = (wide >> (tags.get(TIFF_BITS, (16,))[0] - 8)).astype(np.uint8)
-        grey = 255 - grey if tags.get(TIFF_ZERO) == 0 else grey  # 0 says that zero is white
+        grey = (wide >> (tags.get(258, (16,))[0] - 8)).astype(np.uint8)  # BitsPerSample
+        grey = 255 - grey if tags.get(262) == 0 else grey  # PhotometricInterpretation: WhiteIsZero
         grey[wide == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(grey)
     mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -470,6 +469,8 @@ def read_names(found, attribute, min_paintings):
     name_of, least = (style, 1) if attribute == "style" else (artist, min_paintings)
     sizes = Counter(map(name_of, found))
     class_names = sorted(name for name, size in sizes.items() if size >= least)
+    report(sorted(sizes.keys() - set(class_names)), f"{attribute}s with fewer paintings than "
+           f"MIN_PAINTINGS, {min_paintings}, which make no class")
     label_of = {name: label for label, name in enumerate(class_names)}
     labels = {path: label_of[name_of(path)] for path in found if name_of(path) in label_of}
     return class_names, labels, None
@@ -480,28 +481,21 @@ def spelling(path):
     return style(path), re.sub("[^A-Za-z0-9]", "", file_name(path))
 
 
-def locate(paths, found):
-    """Return {path: path on disk} of the paths that are on disk, as they are or spelt otherwise.
+def locate(split, found):
+    """Return a split with its paths as they are spelt on disk, where they are there.
 
     Some of ArtGAN's names are garbled, and a disk may hold such a name as listed, repaired, or with
     _ for each odd character. So a path that is not there exactly is looked for by its `spelling`,
     where the letters are most of the name, and is taken where one path and one file agree.
     """
-    places = {path: path for path in set(paths).intersection(found)}
-    lost, files = defaultdict(list), defaultdict(list)
-    for group, names in ((lost, paths), (files, found)):
-        for path in set(names).difference(places):
+    paths = {path for labels in split.values() for path in labels}
+    lost, files, places = defaultdict(list), defaultdict(list), {}
+    for group, names in ((lost, paths.difference(found)), (files, set(found) - paths)):
+        for path in names:
             group[spelling(path)].append(path)
     for key, (path, *others) in lost.items():
-        enough = 2 * len(key[1]) > len(file_name(path))
-        if enough and not others and len(files[key]) == 1:
+        if not others and len(files[key]) == 1 and 2 * len(key[1]) > len(file_name(path)):
             places[path] = files[key][0]
-    return places
-
-
-def respell(split, found):
-    """Return a split with its paths as they are spelt on disk, where they are there."""
-    places = locate([path for labels in split.values() for path in labels], found)
     return {part: {places.get(path, path): label for path, label in labels.items()}
             for part, labels in split.items()}
 
@@ -983,7 +977,7 @@ def train(run, model, split, settings):
     iter(validation_loader)  # starts its workers while there is little memory to share with them
     labels = torch.tensor(list(split["validation"].values()))
     print(f"device {run['device']}, loader processes {loader.num_workers}")
-    print("   epoch  training loss  validation loss  accuracy  paintings/s  left (* = best)")
+    print("   epoch  training loss  validation loss  accuracy  paintings/s  left (*: best)")
     for epoch in range(len(history) + 1, epochs + 1):
         title, begun = f"epoch {epoch}/{epochs}", time.perf_counter()
         torch.manual_seed(zlib.crc32(f"{settings.seed} {epoch} {RANK}".encode()))  # of dropout
@@ -1192,13 +1186,11 @@ def set_up(settings):
                "split_source": source, "history": [], "margins": {}}
     versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     run |= {"settings": lasting, "versions": versions}
-    run["split"] = respell(run["split"], found)
+    run["split"] = locate(run["split"], found)
     listed, on_disk = [path for part in PARTS for path in run["split"][part]], set(found)
     missing = [path for path in listed if path not in on_disk]
     report(missing, "paintings of the run not on disk")
-    few = f", or have too few of their artist (MIN_PAINTINGS is {settings.min_paintings})"
-    report(sorted(on_disk.difference(listed)), "paintings that are not of the run"
-           + few * (settings.attribute == "artist" and not settings.lists_dir))
+    report(sorted(on_disk.difference(listed)), "paintings that are not of the run")
     there, wanted = set(map(style, found)), set(map(style, listed))
     report(sorted(wanted - there), "folders gone")
     report(sorted(there - wanted), "folders new")

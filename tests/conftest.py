@@ -51,6 +51,11 @@ def folders(folder):
             "--small-dir", f"{folder}/small", "--output-dir", f"{folder}/out"]
 
 
+def small_folder(folder):
+    """Return where the small copies of a run's styles are."""
+    return next((folder / "small").rglob("Cubism")).parent
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """Return a run of 2 epochs on 40 painted pictures: its folder, flags, paintings and out."""

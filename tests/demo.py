@@ -6,6 +6,7 @@ Paints five styles of 60 paintings, trains a small and quick model on them from 
 it, with train_model.py and test_model.py as they are. Run again, it goes on from where it was.
 """
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,14 @@ from pathlib import Path
 from paintings import paint_artgan
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(command):
+    """Run a command to its own end, after Ctrl-C too, of which it says a line; return its code."""
+    with subprocess.Popen(command) as process:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                return process.wait()
 
 
 def main():
@@ -28,8 +37,7 @@ def main():
              "--batch-size", "16", "--epochs", "6"]
     for command in (["train_model.py", *folders, *quick], ["test_model.py", *folders]):
         print("\n$ python", *command, flush=True)
-        code = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode
-        if code:
+        if code := run([sys.executable, ROOT / command[0], *command[1:]]):
             return code
     print(f"\nLook at {(folder / 'report.html').resolve()}")
     return 0

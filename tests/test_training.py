@@ -21,7 +21,7 @@ from torchvision.models import resnet50
 
 import test_model
 import train_model as tm
-from tests.conftest import QUICK, TINY, folders
+from tests.conftest import QUICK, TINY, folders, small_folder
 from tests.paintings import paint, paint_artgan, write_lists
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -290,11 +290,6 @@ def test_the_resnet_learns_slower_and_norms_do_not_decay():
     table = sorted((group["peak"], group["weight_decay"], len(group["params"])) for group in groups)
     assert [row[:2] for row in table] == [(1e-4, 0.0), (1e-4, 0.05), (1e-3, 0.0), (1e-3, 0.05)]
     assert sum(row[2] for row in table) == len(list(tm.ArtClassifier(3).parameters()))
-
-
-def small_folder(folder):
-    """Return where the small copies of a run's styles are."""
-    return next((folder / "small").rglob("Cubism")).parent
 
 
 @pytest.fixture(scope="module")
