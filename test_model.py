@@ -181,7 +181,8 @@ def find_outliers(run, labels, compared):
     labels: {path: label} of the test; compared: what `train_model.compare` says of them. The run
     brings what was noted of the others: of validation in the best epoch, of training in the early
     epochs, before paintings are learned by heart (after Pleiss et al. 2020, arXiv 2001.10528).
-    doubt: the mean of two ranks in 0..1, of the margin in its part and of the witness's score.
+    doubt: of two ranks in 0..1, of the margin in its part and of the witness's score, the geometric
+    mean, seen from 1; the witness, who knows more, counts twice (measured: tests/README.md).
     """
     class_names, rows = run["class_names"], []
     noted = run["margins"] | {"test": torch.nn.functional.pad(compared, (0, 1), value=1)}
@@ -204,7 +205,7 @@ def find_outliers(run, labels, compared):
         rows += own
     heard = [row for row in rows if not math.isnan(row["score"])]
     for row, rank in zip(heard, rank_shares([row["score"] for row in heard])):
-        row["doubt"] = (row["doubt"] + rank) / 2
+        row["doubt"] = 1 - (1 - row["doubt"]) ** (1 / 3) * (1 - rank) ** (2 / 3)
     rows.sort(key=lambda row: (-row["doubt"], row["path"]))
     return [row | {"rank": rank} for rank, row in enumerate(rows, 1)]
 
@@ -244,7 +245,8 @@ h2 { margin-top: 5rem; padding-top: 1.2rem; border-top: 1px solid }
 h3 { margin: 2.5rem 0 1rem; font-size: 1.3rem } .bars div + div { --accent: var(--soft) }
 p, caption, figcaption { max-width: 46rem; margin: 1rem 0; text-align: left }
 caption, figcaption, dd, .bars { padding-bottom: .8rem; color: var(--soft); font-size: .875rem }
-b { color: var(--ink) } ol { padding-left: 1.5rem } .scroll { overflow-x: auto }
+a { color: var(--accent) } nav { margin: 2rem 0 } b { color: var(--ink) }
+ol { padding-left: 1.5rem } .scroll { overflow: auto; max-height: 92vh }
 .wide, .hang, dl { display: grid; gap: 1.5rem; margin: 2rem 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 9.5rem)), 1fr)) }
 .hang { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) }
@@ -261,21 +263,21 @@ path, polyline { fill: none; stroke: var(--line) } .best { stroke: var(--ink) }
 table { border-spacing: 0; font-variant-numeric: tabular-nums; line-height: 1.3 }
 th, td { font-weight: 400; text-align: left; vertical-align: bottom; --thick: 3px }
 .classes { width: 100%; table-layout: fixed; font-size: clamp(.74rem, 3vw, .95rem) }
-.classes th { width: 29%; padding: .5rem 0 } .matrix { font-size: .75rem;
-  min-width: min(30rem, 100%) }
+.classes th { width: 29%; padding: .5rem 0 } .matrix { font-size: .75rem }
 .classes td, .classes th + th { width: auto; padding: .5rem 0 .5rem .4rem; text-align: right }
 .matrix td { min-width: 2.1rem; height: 1.9rem; border: 1px solid var(--paper); text-align: center;
   background: rgb(var(--heat) / var(--s, 0)); white-space: nowrap; vertical-align: middle }
 .matrix th { position: sticky; left: 0; z-index: 1; max-width: 12rem; padding-right: .5rem;
   min-width: clamp(6.5rem, 14vw, 10rem); background: var(--paper); vertical-align: middle }
-.matrix th + th { position: static; min-width: 0; padding: .4rem; vertical-align: bottom }
+.matrix thead th { top: 0; vertical-align: bottom } .matrix thead th:first-child { z-index: 2 }
+.matrix th + th { left: auto; min-width: 0; padding: .4rem }
 .matrix span { max-height: 12rem; writing-mode: vertical-rl; transform: rotate(180deg) }
-.matrix caption { position: sticky; left: 0; max-width: min(46rem, 90vw) }
 img { display: block; width: 100%; height: 10rem; object-fit: contain; object-position: 0 100% }
-@media print { @page { margin: 14mm } body { padding: 0; font-size: 10pt } h2 { margin-top: 2rem }
+@media print { @page { margin: 14mm } nav { display: none } .scroll { max-height: none }
+  body { padding: 0; font-size: 10pt } h2 { margin-top: 2rem }
   h3, .hang, ol { margin: 1rem 0; break-inside: avoid } h2, h3, caption { break-after: avoid }
   tr, figure, dl div { break-inside: avoid } .hang figcaption { font: 7pt/1.3 sans-serif }
-  h1 b { font-size: 4.5rem } .wide { --least: 15rem }
+  h1 b { font-size: 4.5rem } .wide { --least: 15rem } .bars { font-size: 8pt }
   .matrix { font-size: 5pt } .matrix td { min-width: 0; height: 2em } .matrix th { min-width: 5rem }
   .hang { gap: 1rem; grid-template-columns: repeat(6, 1fr) } img { height: 6rem } }"""
 
@@ -428,12 +430,12 @@ def confusion_matrix(names, confusion):
     worst = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:8], wrong.shape))
     pairs = [f"<li>{names[a]} → {names[b]}: <b>{wrong[a, b]:,}</b>, {shares[a, b]:.1%} of "
              f"{names[a]}</li>\n" for a, b in worst if wrong[a, b]]
-    fewer = f"the {MATRIX} most confused of {len(names)} classes; confusion.csv has all"
-    caption = f"""Paintings by given class (down) and predicted class (across)\
-{": " + fewer if len(names) > MATRIX else ""}. Deeper colour: a larger share of the given class.
-Framed: the right answers. Empty: 0."""
-    return f"""<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">
-{table("matrix", caption, ["", *(names[place] for place in most)], rows)}</div>
+    fewer = (f"Shown are the {MATRIX} most confused of {len(names)} classes, and in confusion.csv "
+             "all. " if len(names) > MATRIX else "")
+    return f"""<p>{fewer}Deeper colour: a larger share of the given class. Framed: the right
+answers. Empty: 0.</p><div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">
+{table("matrix", "Paintings by given class (down) and predicted class (across)",
+       ["", *(names[place] for place in most)], rows)}</div>
 <h3>Most often confused: given → predicted</h3>
 {f"<ol>{''.join(pairs)}</ol>" if pairs else "<p>None.</p>"}"""
 
@@ -483,7 +485,7 @@ def gallery(outliers, class_names, small_dir):
     apart = sum(row["margin"] > 0 for row in outliers)
     return f"""<p>For {apart:,} of {len(outliers):,} paintings of the run, training included, the
 model finds another class likelier than the given one. The witness is the artist in the file name
-(for artists, the style's folder): what the other paintings there are. Doubt is the mean of both, as
+(for artists, the style's folder): what the other paintings there are. Doubt joins both, as
 ranks. These paintings are worth a second look, no more: an early or a late work stands out too,
 rightly labelled. outliers.csv lists as many of each class as OUTLIERS_PER_CLASS says.</p>
 <h3>Model and witness agree</h3><p>Both name the same other class, and less than 5% of 20 or more

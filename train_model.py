@@ -1235,7 +1235,7 @@ def prepare(run, found, settings):
 def print_end(history, settings):
     """Print what was trained, and what to do next."""
     best, seconds = history[best_epoch(history) - 1], sum(row["seconds"] for row in history)
-    print(f"trained {len(history)} epochs in {duration(seconds)}; best: epoch {best['epoch']}, "
+    print(f"trained {len(history)} epoch{'s' * (len(history) > 1)} in {duration(seconds)}; best: epoch {best['epoch']}, "
           f"validation accuracy {100 * best['validation_accuracy']:.2f} %, "
           f"{printable(settings.output_dir / 'model_best.pth')}")
     flags = [f" --{name}-dir {shlex.quote(str(folder))}" for name in ("data", "small", "output")

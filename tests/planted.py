@@ -64,7 +64,8 @@ def describe(kind, rows, planted):
         margins[own] = test_model.rank_shares(
             [float(row["margin"]) for row in rows if row["part"] == part])
     heard = np.array([int(row["witness_paintings"]) > 0 for row in rows])
-    witness = np.where(heard, 2 * doubt - margins, 0.5)  # doubt is the mean of both
+    with_margin = (1 - margins) ** (1 / 3)  # of which doubt is made, and of the witness
+    witness = np.where(heard, 1 - ((1 - doubt) / with_margin) ** 1.5, 0.5)
     parts = {"the whole collection": np.ones(len(rows), dtype=bool)} | {
         part: np.array([row["part"] == part for row in rows]) for part in train_model.PARTS}
     truth = np.array([row["path"] in planted for row in rows])

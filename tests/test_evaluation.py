@@ -17,7 +17,7 @@ import sklearn.metrics as sk
 import torch
 from bs4 import BeautifulSoup
 from PIL import Image
-from scipy.stats import rankdata
+from scipy.stats import gmean, rankdata
 
 import test_model
 import train_model as tm
@@ -239,8 +239,8 @@ def test_the_witness_was_counted():
     assert test_model.make_witness(split, "artist", 4)("B/x_5.jpg", 1)[:3] == ("B", 2, 2)
 
 
-def test_doubt_is_the_mean_of_two_ranks():
-    """By the plain definition, with scipy's ranks; who has no witness has the margin's alone."""
+def test_doubt_is_the_mean_of_three_ranks():
+    """Geometric, from 1, with scipy's ranks; without a witness it is that of the margin alone."""
     chance, names = np.random.default_rng(4), ["a", "b", "c"]
     labels = {part: {f"S/artist-{chance.integers(9)}_{part}-{n}.jpg": int(chance.integers(3))
                      for n in range(50)} for part in tm.PARTS}
@@ -266,7 +266,8 @@ def test_doubt_is_the_mean_of_two_ranks():
     heard = [path for path, value in scores.items() if not np.isnan(value)]
     assert set(doubts) - set(heard) == {"S/nameless.jpg"}
     for path, rank in zip(heard, rankdata([scores[path] for path in heard])):
-        doubts[path] = (doubts[path] + (rank - 0.5) / len(heard)) / 2
+        trust = 1 - (rank - 0.5) / len(heard)
+        doubts[path] = 1 - gmean([1 - doubts[path], trust, trust])
     assert [row["doubt"] for row in rows] == pytest.approx(sorted(doubts.values(), reverse=True))
     for row in rows:
         assert row["doubt"] == pytest.approx(doubts[row["path"]])

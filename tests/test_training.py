@@ -391,7 +391,14 @@ def test_a_pass_trains_as_a_plain_loop_does():
 
     optimizer, total, norms = tm.make_optimizer(plain, 1e-3, 0.1, 0.05), 0, []
     for part, share in zip(([0, 1, 2, 3], [4, 5, 6], [7, 8, 9]), shares):
-        value = nn.functional.cross_entropy(plain(pixels[part].permute(0, 3, 1, 2)), labels[part])
+        logits = plain(pixels[part].permute(0, 3, 1, 2))
+        value = nn.functional.cross_entropy(logits, labels[part])
+        for place, row in zip(part, logits.detach()):
+            given, others = row[labels[place]].item(), row.clone()
+            others[labels[place]] = -100
+            assert compared[place].tolist() == pytest.approx(
+                [others.max().item() - given, row.softmax(0)[labels[place]].item(),
+                 others.argmax().item()], abs=1e-4)
         total += value.item() * len(part)
         optimizer.zero_grad()
         value.backward()
@@ -404,6 +411,39 @@ def test_a_pass_trains_as_a_plain_loop_does():
     trained = model.state_dict()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(trained[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("frozen,epochs,counted", [(0, 2, [1]), (0, 8, [1, 2]), (1, 5, [2]),
+                                                   (1, 8, [2]), (1, 1, [1])])
+def test_margins_are_those_of_the_early_epochs(finished, tmp_path, monkeypatch, frozen, epochs,
+                                               counted):
+    """The sums over the first quarter, after the frozen epoch; of validation, the best epoch's."""
+    passes, logits, weights = [], [], tmp_path / "resnet.pth"
+    torch.save(tm.resnet50().state_dict(), weights)
+    train_epoch, evaluate = tm.train_epoch, tm.evaluate
+
+    def train_and_note(*given):
+        loss, compared = train_epoch(*given)
+        passes.append(compared)
+        return loss, compared
+
+    def evaluate_and_note(*given):
+        logits.append(evaluate(*given))
+        return logits[-1]
+
+    monkeypatch.setattr(tm, "train_epoch", train_and_note)
+    monkeypatch.setattr(tm, "evaluate", evaluate_and_note)
+    flags = [*finished.flags, "--output-dir", str(tmp_path), "--epochs", str(epochs)]
+    assert tm.main([*flags, "--weights", str(weights), "--frozen-epochs", str(frozen)]) == 0
+    last = tm.load_checkpoint(tmp_path / "model_last.pth")
+    sums = last["margins"]["train"]
+    assert sums.shape == (30, 4) and (sums[:, 3] == len(counted)).all()
+    assert torch.allclose(sums[:, :2], sum(passes[epoch - 1][:, :2] for epoch in counted))
+    assert torch.equal(sums[:, 2], passes[counted[-1] - 1][:, 2])
+    best = tm.best_epoch(last["history"])
+    labels = torch.tensor(list(last["split"]["validation"].values()))
+    expected = tm.compare(logits[best - 1], labels)
+    assert torch.allclose(last["margins"]["validation"][:, :3], expected)
 
 
 def test_every_painting_trains_once_in_every_epoch():
