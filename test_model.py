@@ -11,14 +11,13 @@ Writes  into OUTPUT_DIR predictions.csv (one row a test painting), outliers.csv 
 """
 
 import contextlib
-import functools
 import glob
 import html
 import io
 import itertools
 import json
 import math
-import platform
+import os
 import shlex
 import sys
 import time
@@ -47,6 +46,12 @@ SETTINGS |= {"VIEWS": VIEWS, "OUTLIERS_PER_CLASS": OUTLIERS_PER_CLASS}
 
 # ------------------------------------------------------------------------------------------ scores
 
+SCORES = (  # beside the accuracy; of five classes or less, the first says nothing
+    ("top5", "top-5 accuracy", "the given class is among the five likeliest"),
+    ("macro_f1", "macro-F1", "precision and recall in one; every class counts alike"),
+    ("balanced_accuracy", "balanced accuracy", "recall, averaged over the classes"),
+    ("calibration_error", "expected calibration error", "the gap between confidence and accuracy"))
+
 
 def score(logits, labels):
     """Return the scores of logits (N, C) against labels (N), N > 0, as a dictionary.
@@ -63,7 +68,7 @@ def score(logits, labels):
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2)
     confusion = confusion.view(classes, classes).numpy()
     hits, given, named = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    recall = hits / np.maximum(given, 1)
+    precision, recall = hits / np.maximum(named, 1), hits / np.maximum(given, 1)
     f1 = 2 * hits / np.maximum(given + named, 1)
     bins = (confidence * 15).ceil().long() - 1
     gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, right.double() - confidence)
@@ -75,12 +80,7 @@ def score(logits, labels):
         "macro_f1": f1[given + named > 0].mean().item(),
         "balanced_accuracy": recall[given > 0].mean().item(),
         "calibration_error": gaps.abs().sum().item() / count,
-        "precision": hits / np.maximum(named, 1),
-        "recall": recall,
-        "f1": f1,
-        "count": given,
-        "confusion": confusion,
-    }
+        "precision": precision, "recall": recall, "f1": f1, "count": given, "confusion": confusion}
 
 
 def wilson(right, count):
@@ -103,8 +103,7 @@ def yardsticks(labels, split, attribute):
         for path, label in split[part].items():
             counts[train_model.artist(path)][label] += 1
             counts[""][label] += 1
-    commonest = {artist: min(count, key=lambda label: (-count[label], label))
-                 for artist, count in counts.items()}
+    commonest = {artist: max(sorted(count), key=count.get) for artist, count in counts.items()}
     guesses = [commonest.get(train_model.artist(path), commonest[""]) for path in labels]
     shares = {f"always naming the commonest {attribute}":
               max(Counter(labels.values()).values()) / len(labels)}
@@ -132,38 +131,35 @@ def predict(labels, logits, class_names):
 # ---------------------------------------------------------------------------------------- outliers
 
 
-def make_witness(split, attribute, classes):
+def make_witness(split, attribute, class_names):
     """Return a function of (path, label) that says what else is known of who made a painting.
 
     The witness is the artist in its file name, or the folder where artists are the classes. His
-    other paintings speak: the function returns his name, their number, how many of them have the
-    label, the label that most of the rest have (None where there is no rest), how many have that,
-    and the score: its log share minus that of the given label, each smoothed by one painting of
-    the whole's shares; NaN where there are no others. The higher, the more he doubts the label.
+    other paintings speak: the function returns a dictionary of his name, their number, the share of
+    them that has the label, the class that most of the rest have, how many have that, and the
+    score: its log share minus that of the given label, each smoothed by one painting of the whole's
+    shares; NaN where there are no others. The higher, the more he doubts the label.
     """
     witness_of = train_model.style if attribute == "artist" else train_model.artist
-    counts = defaultdict(lambda: np.zeros(classes, dtype=int))
+    one = np.eye(len(class_names), dtype=int)  # a painting of each class
+    counts = defaultdict(lambda: 0 * one[0])
     for labels in split.values():
         for path, label in labels.items():
-            counts[witness_of(path)][label] += 1
+            counts[witness_of(path)] += one[label]
     prior = sum(counts.values()) / sum(map(len, split.values()))
 
-    @functools.cache
-    def speak(name, label):
-        others = counts[name] - (np.arange(classes) == label)
-        total = int(others.sum())
-        if not total:
-            return name, 0, 0, None, 0, math.nan
-        shares = np.log((others + prior).clip(1e-12) / (total + 1))
-        best = np.where(np.arange(classes) == label, -np.inf, shares).argmax().item()
-        known = best if others[best] else None
-        return (name, total, int(others[label]), known, int(others[best]),
-                shares[best] - shares[label])
-
     def testify(path, label):
-        if attribute != "artist" and "_" not in train_model.file_name(path):
-            return "", 0, 0, None, 0, math.nan
-        return speak(witness_of(path), label)
+        others = counts[witness_of(path)] - one[label]
+        total = int(others.sum())
+        if not total or (attribute != "artist" and "_" not in train_model.file_name(path)):
+            return {"witness": "", "witness_paintings": 0, "witness_share": "", "witness_class": "",
+                    "speaking": 0, "score": math.nan}
+        shares = np.log((others + prior).clip(1e-12) / (total + 1))
+        best = np.where(one[label], -np.inf, shares).argmax()
+        return {"witness": witness_of(path), "witness_paintings": total,
+                "witness_share": others[label] / total, "speaking": int(others[best]),
+                "witness_class": class_names[best] if others[best] else "",
+                "score": shares[best] - shares[label]}
 
     return testify
 
@@ -186,20 +182,16 @@ def find_outliers(run, labels, compared):
     """
     class_names, rows = run["class_names"], []
     noted = run["margins"] | {"test": torch.nn.functional.pad(compared, (0, 1), value=1)}
-    testify = make_witness(run["split"], run["settings"]["ATTRIBUTE"], len(class_names))
+    testify = make_witness(run["split"], run["settings"]["ATTRIBUTE"], class_names)
     for part, listed in (run["split"] | {"test": labels}).items():
         own = []
         for (path, label), sums in zip(listed.items(), noted[part].tolist()):
             margin, probability, other, epochs = sums
             if epochs:  # else it was not used
-                name, total, agreeing, best, speaking, score = testify(path, label)
                 own.append({
                     "path": path, "class": class_names[label], "part": part,
                     "margin": margin / epochs, "fits_better": class_names[int(other)],
-                    "class_probability": probability / epochs, "witness": name,
-                    "witness_paintings": total, "witness_share": agreeing / total if total else "",
-                    "witness_class": "" if best is None else class_names[best],
-                    "speaking": speaking, "score": score})
+                    "class_probability": probability / epochs} | testify(path, label))
         for row, rank in zip(own, rank_shares([row["margin"] for row in own])):
             row["doubt"] = rank
         rows += own
@@ -207,7 +199,9 @@ def find_outliers(run, labels, compared):
     for row, rank in zip(heard, rank_shares([row["score"] for row in heard])):
         row["doubt"] = 1 - (1 - row["doubt"]) ** (1 / 3) * (1 - rank) ** (2 / 3)
     rows.sort(key=lambda row: (-row["doubt"], row["path"]))
-    return [row | {"rank": rank} for rank, row in enumerate(rows, 1)]
+    places = defaultdict(itertools.count)  # how many of the class come before it
+    return [row | {"rank": rank, "place": next(places[row["class"]])}
+            for rank, row in enumerate(rows, 1)]
 
 
 def agree(row):
@@ -335,15 +329,10 @@ def headline(attribute, names, scores, guesses):
     bars = [f'<div>{escaped(name)} <b>{share:.1%}</b><span style="--s:{share:.4f}">'
             for name, share in ({"this model": accuracy} | guesses).items()]
     bars[0] += f'<i style="left:{low:.2%};width:{high - low:.2%}"></i>'
-    others = [
-        ("Top-5 accuracy", "top5", "the given class is among the five likeliest"),
-        ("Macro-F1", "macro_f1", "precision and recall in one; every class counts alike"),
-        ("Balanced accuracy", "balanced_accuracy", "recall, averaged over the classes"),
-        ("Calibration error", "calibration_error", "the gap between confidence and accuracy"),
-    ][len(names) <= 5:]
-    pairs = [(name, f"<b>{scores[key]:.1%}</b>{words}") for name, key, words in others]
-    poor = "" if low > [*guesses.values()][0] else """<p><b>The model is no better than a guess:
-what it says of single paintings, doubts included, means little yet.</b></p>"""
+    pairs = [(name[0].upper() + name[1:], f"<b>{scores[key]:.1%}</b>{words}")
+             for key, name, words in SCORES[len(names) <= 5:]]
+    poor = "" if low > min(guesses.values()) else """<p><b>The model is not surely better than
+a guess: what it says of single paintings, doubts included, means little yet.</b></p>"""
     return f"""<header class="wide"><div><h1>Test accuracy, {escaped(attribute)}
 <b>{accuracy:.2%}</b></h1><p>The model finds the given one of {len(names)} classes for
 {scores["confusion"].trace():,} of {scores["count"].sum():,} paintings that it has not learned from.
@@ -419,13 +408,11 @@ classes without a test painting last."""
 def confusion_matrix(names, confusion):
     """Return the counts (C, C), given class down, as a heat map, and the largest confusions."""
     shares, rows = confusion / np.maximum(confusion.sum(1, keepdims=True), 1), []
-    wrong = confusion * ~np.eye(len(names), dtype=bool)
-    most = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:MATRIX])
+    wrong, heat = confusion * ~np.eye(len(names), dtype=bool), shares**0.6  # for small shares too
+    most = sorted(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:MATRIX].tolist())
     for given in most:
-        cells = [f'<td style="--s:{shares[given, named]**0.6:.2f}">{confusion[given, named]}</td>'
-                 if confusion[given, named] else "<td></td>" for named in most]
-        own = np.searchsorted(most, given)  # above, 0.6 brings out small shares
-        cells[own] = cells[own].replace("<td", '<td class="right"')
+        cells = [f'<td{" class=right" * (named == given)} style="--s:{heat[given, named]:.2f}">'
+                 f'{confusion[given, named] or ""}</td>' for named in most]
         rows.append((names[given], "".join(cells)))
     worst = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:8], wrong.shape))
     pairs = [f"<li>{names[a]} → {names[b]}: <b>{wrong[a, b]:,}</b>, {shares[a, b]:.1%} of "
@@ -466,21 +453,17 @@ def say_doubt(row):
             f"{'fits better' if row['margin'] > 0 else 'is next'}; {escaped(row['class'])} has "
             f"{row['class_probability']:.1%} ({row['part']})")
     if row["witness_class"]:
-        said += (f"<br>{row['speaking']} of {row['witness_paintings']} others by "
+        said += (f"<br>{row['speaking']} of {row['witness_paintings']} others of "
                  f"{escaped(row['witness'].replace('-', ' '))} are {escaped(row['witness_class'])}")
     return said
 
 
 def gallery(outliers, class_names, small_dir):
     """Return the paintings most in doubt, those of which model and witness agree first."""
-    by_class = defaultdict(list)
-    for row in outliers:
-        by_class[row["class"]].append(row)
-    first = [row for rows in by_class.values() for row in rows[:GALLERY]]
-    last = sorted(row["rank"] for row in first)[:PICTURES][-1]
-    parts = [f"<h3>{escaped(name)}</h3>\n{hang(rows, say_doubt, small_dir)}\n"
-             for name in class_names
-             if (rows := [row for row in by_class[name][:GALLERY] if row["rank"] <= last])]
+    shown, parts = [row for row in outliers if row["place"] < GALLERY][:PICTURES], []
+    for name in class_names:
+        if rows := [row for row in shown if row["class"] == name]:
+            parts.append(f"<h3>{escaped(name)}</h3>\n{hang(rows, say_doubt, small_dir)}\n")
     both = [row for row in outliers if agree(row)][:60]
     apart = sum(row["margin"] > 0 for row in outliers)
     return f"""<p>For {apart:,} of {len(outliers):,} paintings of the run, training included, the
@@ -497,7 +480,7 @@ def how_made(run, tested):
     settings, split, history = run["settings"], run["split"], run["history"]
     flags = "".join(f" --{name.lower().replace('_', '-')} {shlex.quote(str(value))}"
                     for name, value in settings.items() if value != train_model.SETTINGS.get(name))
-    made = settings | run["versions"] | {"Python": platform.python_version()}
+    made = settings | run["versions"]
     sizes = ", ".join(f"{len(paintings):,} for {part}" for part, paintings in split.items())
     best, spent = train_model.best_epoch(history), sum(row["seconds"] for row in history)
     told = (f"{len(history)} of {settings['EPOCHS']} epochs were trained, in "
@@ -520,7 +503,8 @@ def find_own_pictures(names):
     for name in names:
         if not name:
             raise ValueError("the command names an empty path")
-        for path in map(Path, sorted(glob.glob(name)) or [name]):  # no shell of Windows does it
+        found = [] if os.path.lexists(name) else sorted(glob.glob(name))  # as Windows does not
+        for path in map(Path, found or [name]):
             inside = sorted(file for file in path.rglob("*") if not file.is_dir()
                             and "/." not in f"/{file.relative_to(path).as_posix()}")
             pictures = [file for file in inside if train_model.is_picture(file.name)]
@@ -530,7 +514,7 @@ def find_own_pictures(names):
     return files
 
 
-def read_views(file, run, views=VIEWS):
+def read_views(file, run, views):
     """Return the squares of a picture that the model looks at, (views, S, S, 3) uint8."""
     size = run["settings"]["IMAGE_SIZE"]
     if file.exists() and not file.is_file():
@@ -559,7 +543,7 @@ def likeliest_classes(picture, run, model, most=5):
 
     run, model: those of `load_best`. Raises OSError or ValueError where it cannot be read.
     """
-    return name_classes(read_views(Path(picture), run)[None], run, model, most)[0]
+    return name_classes(read_views(Path(picture), run, VIEWS)[None], run, model, most)[0]
 
 
 def classify(model, run, settings):
@@ -671,23 +655,20 @@ def write_tables(folder, class_names, results, most):
     plain = {name: value for name, value in scores.items() if not isinstance(value, np.ndarray)}
     text = json.dumps(plain | {"guesses": results["guesses"]}, indent=1, ensure_ascii=False)
     train_model.write_whole(folder / "scores.json", text.encode("utf-8", "backslashreplace"))
-    columns = ("path", "class", "predicted", "probability", "class_probability", "class_rank")
-    train_model.write_table(folder / "predictions.csv", columns, results["predictions"])
+    predictions = results["predictions"]
+    train_model.write_table(folder / "predictions.csv", predictions[0], predictions)
     columns = ("path", "class", "part", "doubt", "rank", "margin", "fits_better",
                "class_probability", "witness", "witness_paintings", "witness_share",
                "witness_class")
-    by_class = {name: [] for name in class_names}
-    for row in results["outliers"]:  # the most doubtful first
-        by_class[row["class"]].append(row)
-    rows = [row for rows in by_class.values() for row in rows[:most]]
+    rows = [row for row in results["outliers"] if row["place"] < most]  # the most doubtful first
+    rows.sort(key=lambda row: class_names.index(row["class"]))
     train_model.write_table(folder / "outliers.csv", columns, rows)
     columns = ("path", "class", "twin", "twin_class")
     train_model.write_table(folder / "twins.csv", columns, results["twins"])
-    kinds = ("precision", "recall", "f1")
-    rows = [{"class": name, "paintings": int(scores["count"][label]),
-             **{kind: scores[kind][label].item() for kind in kinds}}
-            for label, name in enumerate(class_names)]
-    train_model.write_table(folder / "classes.csv", ("class", "paintings", *kinds), rows)
+    columns = ("class", "paintings", "precision", "recall", "f1")
+    values = [scores[kind].tolist() for kind in ("count", *columns[2:])]
+    rows = [dict(zip(columns, row)) for row in zip(class_names, *values)]
+    train_model.write_table(folder / "classes.csv", columns, rows)
     rows = [dict(zip(["", *class_names], [name, *counts]))
             for name, counts in zip(class_names, scores["confusion"].tolist())]
     train_model.write_table(folder / "confusion.csv", ["", *class_names], rows)
@@ -699,11 +680,8 @@ def print_scores(run, best, results):
     print(f"model of epoch {best['epoch']}, {run['settings']['ATTRIBUTE']}, "
           f"{len(run['class_names'])} classes; validation accuracy "
           f"{100 * best['validation_accuracy']:.2f} %")
-    if len(run["class_names"]) > 5:
-        print(f"top-5 accuracy: {100 * scores['top5']:.2f} %")
-    print(f"macro-F1: {100 * scores['macro_f1']:.2f} %")
-    print(f"balanced accuracy: {100 * scores['balanced_accuracy']:.2f} %")
-    print(f"expected calibration error: {100 * scores['calibration_error']:.2f} %")
+    for key, name, _ in SCORES[len(run["class_names"]) <= 5:]:
+        print(f"{name}: {100 * scores[key]:.2f} %")
     print(f"accuracy of the central square alone: {100 * scores['centre']:.2f} %")
     guesses = "; ".join(f"{name}: {100 * share:.1f} %" for name, share in
                         results["guesses"].items())
@@ -713,9 +691,10 @@ def print_scores(run, best, results):
           f"{len(results['outliers']):,} paintings; {pairs:,} pairs have one name in two classes")
 
 
-def predict_views(model, labels, folder, image_size, settings):
+def predict_views(run, model, labels, folder, settings):
     """Return the logits (views, N, classes) of the paintings {path: label}, on the CPU."""
     device, logits = train_model.move_to_fastest(model), []
+    image_size = run["settings"]["IMAGE_SIZE"]
     for view in VIEW_PLACES[settings.views]:
         paintings = train_model.Paintings(folder, labels, image_size, view=view)
         loader = train_model.make_loader(paintings, settings.batch_size, settings.workers, device)
@@ -729,10 +708,9 @@ def predict_and_score(settings):
     if settings.pictures:
         train_model.from_first(classify, model, run, settings)
         return
-    image_size = run["settings"]["IMAGE_SIZE"]
-    folder = train_model.copies_folder(settings.small_dir, image_size)
+    folder = train_model.copies_folder(settings.small_dir, run["settings"]["IMAGE_SIZE"])
     labels = train_model.from_first(prepare_test, run, folder, settings)
-    views = predict_views(model, labels, folder, image_size, settings)
+    views = predict_views(run, model, labels, folder, settings)
     train_model.from_first(write_results, run, labels, views, folder, settings)
 
 

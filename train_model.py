@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import difflib
 import errno
 import functools
 import hashlib
@@ -23,6 +24,7 @@ import io
 import math
 import multiprocessing
 import os
+import platform
 import re
 import secrets
 import shlex
@@ -52,11 +54,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms import v2
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 # ---------------------------------------------------------------------------------------- settings
 # Edit them here, or give any of them as a flag for one run: EPOCHS as --epochs, and so on.
@@ -94,9 +91,7 @@ MAX_PIXELS = 40_000_000  # of a picture, at up to 16 bytes a pixel; baseline JPE
 MARGIN = 1 / 16  # share of a picture that evaluation leaves out at each edge
 CHANNELS, LSTM_UNITS = 2048, 256  # of ResNet-50's last feature map; of each direction
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB in 0..1
-CLIP_NORM = 1.0  # largest norm of the gradient
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # they begin so in spreadsheets, and with ' no more
-READ_EVERY = 20  # batches; reading the loss more often would hold up the device
+
 FORMAT = 3  # of the checkpoints
 RANK, WORLD_SIZE = (  # the number of this process, from 0, and how many torchrun has started
     int(os.environ.get(name, alone)) if "LOCAL_RANK" in os.environ else alone
@@ -117,10 +112,17 @@ def report(items, what):
         print(f"{what}: {len(items):,} ({', '.join(map(printable, items[:3]))}{dots})")
 
 
+def near(word):
+    """Return the question whether one of the words for settings was meant, or nothing."""
+    known = ("style", "artist", "genre", "imagenet", "none")
+    return "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(word, known, 1)
+                   if match != word)
+
+
 def duration(seconds):
     """Return a time in words: 45 s, 12 min, or 1 h 05 min."""
     minutes = round(seconds / 60)
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
@@ -138,9 +140,10 @@ class Progress(tqdm):
         if self.wait < 1:
             super().display(msg, pos)
         elif msg is None:  # '' would clear the bar
-            rate, loss = self.n / self.format_dict["elapsed"], self.postfix or ""
-            print(f"{self.desc}: {self.n:,} of {self.total:,} paintings{loss}, {rate:,.1f} "
-                  f"paintings/s, {duration((self.total - self.n) / rate)} left", file=sys.stderr)
+            rate = self.n / self.format_dict["elapsed"]
+            said = [f"{self.desc}: {self.n:,} of {self.total:,} paintings", self.postfix,
+                    f"{rate:,.1f} paintings/s", f"{duration((self.total - self.n) / rate)} left"]
+            print(", ".join(filter(None, said)), file=sys.stderr)
 
 
 def is_picture(name):
@@ -153,7 +156,8 @@ def reason_of(error, path):
 
     Its errors have a number, Pillow's have none; a few numbers are of the one file alone.
     """
-    of_one = (None, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
+    of_one = (None, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM,
+              errno.ENAMETOOLONG)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) not in of_one:
         reason = getattr(error, "strerror", None) or "not enough memory"
         raise OSError(f"cannot read {path}: {reason}") from error
@@ -162,12 +166,11 @@ def reason_of(error, path):
 
 def find_paintings(data_dir):
     """Return the originals, "Style/name.jpg" each, sorted; report what is passed over."""
-    def note(error):
-        passed_over.append(reason_of(error, error.filename))
-
-    found, passed_over, depth = [], [], len(data_dir.parts)
-    for folder, inner, names in os.walk(data_dir, onerror=note, followlinks=True):
-        place = Path(folder).parts[depth:]  # (), (style,), or (style, a folder inside)
+    found, passed_over = [], []
+    walk = os.walk(data_dir, followlinks=True,
+                   onerror=lambda error: passed_over.append(reason_of(error, error.filename)))
+    for folder, inner, names in walk:
+        place = Path(folder).relative_to(data_dir).parts  # (), (style,), or (style, inner folder)
         inner[:] = [name for name in inner if name[0] != "." and len(place) < 2]
         paths = ["/".join((*place, name)) for name in names if name[0] != "."]
         pictures = list(filter(is_picture, paths)) if len(place) == 1 else []
@@ -254,8 +257,7 @@ def decode(path, short_side):
     except UnidentifiedImageError as error:
         raise ValueError(describe(content)) from error
     width, height = image.size
-    if width * height > MAX_PIXELS and not (
-            image.format in ("JPEG", "MPO") and is_drafted(content)):
+    if width * height > MAX_PIXELS and not (content[:2] == b"\xff\xd8" and is_drafted(content)):
         raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
     image.draft(image.mode, shrink(image.size, short_side))
     image.load()
@@ -305,7 +307,8 @@ def locked(folder, taken, wait=False):
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
-        with contextlib.suppress(OSError, AttributeError):  # of such a disk; there is no fcntl
+        with contextlib.suppress(OSError, ImportError):  # of such a disk; of Windows
+            import fcntl
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -337,8 +340,7 @@ def prepare_copies(found, data_dir, folder):
     """Bring the small copies of the found paintings up to date; return {path: reason} of the bad.
 
     folder: that of `copies_folder`. A copy is stamped with the size and time of its original: a
-    changed one is copied anew. Threads do the work, since Pillow frees the interpreter while it
-    decodes, resizes and encodes.
+    changed one is copied anew. Threads suffice, for Pillow frees the interpreter while it works.
     """
     written, bad = [], {}
 
@@ -350,8 +352,7 @@ def prepare_copies(found, data_dir, folder):
             stamp = b"original: %d bytes, %d ns" % (status.st_size, status.st_mtime_ns)
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("no regular file")
-            if len(os.fsencode(copy.name)) > 255:
-                raise ValueError("the name is too long for a small copy")
+
             with contextlib.suppress(FileNotFoundError), open(copy, "rb") as file:
                 if stamp in file.read(100):
                     return
@@ -428,15 +429,13 @@ def read_lists(lists_dir, attribute):
     listed twice counts once, by its first row; the test list comes first and stays whole.
     """
     wanted = [f"{attribute}_{kind}" for kind in ("class", "val", "train")]
-    files = [path for folder in (lists_dir, lists_dir / attribute.capitalize())
-             for path in folder.glob("*") if path.stem in wanted]
-    files.sort(key=lambda path: wanted.index(path.stem))
+    inside = [*lists_dir.glob("*"), *(lists_dir / attribute.capitalize()).glob("*")]
+    files = [path for name in wanted for path in inside if path.stem == name]
     if [path.stem for path in files] != wanted:
-        there = sorted(str(path.relative_to(lists_dir)) for pattern in ("*", "*/*")
-                       for path in lists_dir.glob(pattern))
+        there = sorted(str(path.relative_to(lists_dir)) for path in lists_dir.rglob("*"))
         raise ValueError(f"{lists_dir} must hold {', '.join(wanted)} (.txt, .csv) once each, and "
                          f"has {', '.join(there[:9]) or 'nothing'}: see {ARTGAN}, or go without by "
-                         "--lists-dir none")
+                         f"--lists-dir none{near(attribute)}")
     class_file, test_file, train_file = files
     rows = read_rows(class_file, r"([0-9]+)\s+(.+)", "7 Cubism")
     names = {int(label): name for label, name in rows}
@@ -465,10 +464,11 @@ def read_names(found, attribute, min_paintings):
     """Label as `read_lists` does, without lists: style by folder, artist by file name."""
     if attribute not in ("style", "artist"):
         raise ValueError(f"ATTRIBUTE {attribute!r} needs {attribute}_train.csv, {attribute}_val.csv"
-                         f" and {attribute}_class.txt in LISTS_DIR; ArtGAN's are at {ARTGAN}")
+                         f" and {attribute}_class.txt in LISTS_DIR; ArtGAN's are at {ARTGAN}"
+                         f"{near(attribute)}")
     name_of, least = (style, 1) if attribute == "style" else (artist, min_paintings)
     sizes = Counter(map(name_of, found))
-    class_names = sorted(name for name, size in sizes.items() if size >= least)
+    class_names = sorted(name for name, size in sizes.items() if name and size >= least)
     report(sorted(sizes.keys() - set(class_names)), f"{attribute}s with fewer paintings than "
            f"MIN_PAINTINGS, {min_paintings}, which make no class")
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -476,26 +476,21 @@ def read_names(found, attribute, min_paintings):
     return class_names, labels, None
 
 
-def spelling(path):
-    """Return what all spellings of a garbled name share: folder, and ASCII letters and digits."""
-    return style(path), re.sub("[^A-Za-z0-9]", "", file_name(path))
-
-
 def locate(split, found):
     """Return a split with its paths as they are spelt on disk, where they are there.
 
     Some of ArtGAN's names are garbled, and a disk may hold such a name as listed, repaired, or with
-    _ for each odd character. So a path that is not there exactly is looked for by its `spelling`,
-    where the letters are most of the name, and is taken where one path and one file agree.
+    _ for each odd character. Where one path that is not there and one file of no list share the
+    folder and the ASCII letters and digits, most of the name, they are taken for the same.
     """
-    paths = {path for labels in split.values() for path in labels}
-    lost, files, places = defaultdict(list), defaultdict(list), {}
-    for group, names in ((lost, paths.difference(found)), (files, set(found) - paths)):
-        for path in names:
-            group[spelling(path)].append(path)
-    for key, (path, *others) in lost.items():
-        if not others and len(files[key]) == 1 and 2 * len(key[1]) > len(file_name(path)):
-            places[path] = files[key][0]
+    listed = {path for labels in split.values() for path in labels}
+    alike, places = defaultdict(set), {}
+    for path in listed.symmetric_difference(found):
+        alike[style(path), re.sub("[^A-Za-z0-9]", "", file_name(path))].add(path)
+    for (_, letters), paths in alike.items():
+        lost, files = paths & listed, paths - listed
+        if len(lost) == len(files) == 1 and 2 * len(letters) > len(file_name(*lost)):
+            places[lost.pop()] = files.pop()
     return {part: {places.get(path, path): label for path, label in labels.items()}
             for part, labels in split.items()}
 
@@ -513,7 +508,7 @@ def draw_split(labels, group_of, shares, seed):
     groups, sizes = defaultdict(list), Counter(labels.values())
     for path in sorted(labels):
         groups[group_of(path)].append(path)
-    split, filled = {part: {} for part in shares}, Counter()
+    split, filled = {part: {} for part in shares}, {part: Counter() for part in shares}
 
     def turn(group):
         """Return what groups are sorted by: the larger first, chance among equals."""
@@ -524,16 +519,15 @@ def draw_split(labels, group_of, shares, seed):
         """Return how full a part would be with half of a group, {label: paintings}, in it."""
         full = 0
         for label, count in counts.items():  # a class weighs by the share that the group holds
-            half = (count - (filled[part, label] == 0)) / 2  # one painting finds any part empty
-            full += count / sizes[label] ** 2 * (filled[part, label] + half)
+            half = (count - (filled[part][label] == 0)) / 2  # one painting finds any part empty
+            full += count / sizes[label] ** 2 * (filled[part][label] + half)
         return full / shares[part]
 
     for group in sorted(groups, key=turn):
         counts = Counter(labels[path] for path in groups[group])
         part = min(shares, key=functools.partial(fullness, counts=counts))
         split[part] |= {path: labels[path] for path in groups[group]}
-        for label, count in counts.items():
-            filled[part, label] += count
+        filled[part].update(counts)
     return split
 
 
@@ -544,15 +538,13 @@ def split_paintings(labels, test_list, group_by, seed):
     rest. Without, or where all of an artist stay in one part, the parts are 70, 15 and 15 %. Files
     of one name in two folders stay together in what is drawn.
     """
+    group_of, shares, source = file_name, {"train": 0.9, "validation": 0.1}, "that of the lists"
     if test_list is None or group_by == "artist":  # in ArtGAN's lists, most artists are in both
-        group_of = artist if group_by == "artist" else file_name
         shares, source = {"train": 0.7, "test": 0.15, "validation": 0.15}, f"drawn by {group_by}"
-        split = draw_split(labels, group_of, shares, seed)
-    else:
-        shares, source = {"train": 0.9, "validation": 0.1}, "that of the lists"
-        others = {path: label for path, label in labels.items() if path not in test_list}
-        split = draw_split(others, file_name, shares, seed)
-        split["test"] = {path: labels[path] for path in test_list}
+        group_of, test_list = (artist if group_by == "artist" else file_name), ()
+    others = {path: label for path, label in labels.items() if path not in test_list}
+    split = {"test": {path: labels[path] for path in test_list}}
+    split |= draw_split(others, group_of, shares, seed)
     return {part: dict(sorted(split[part].items())) for part in PARTS}, source
 
 
@@ -575,9 +567,8 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = OrderedDict(resnet50().named_children())
-        del layers["avgpool"], layers["fc"]
-        self.resnet = nn.Sequential(layers)
+        *layers, _, _ = resnet50().named_children()  # without avgpool and fc
+        self.resnet = nn.Sequential(OrderedDict(layers))
         self.mean = nn.Buffer(255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.std = nn.Buffer(255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
@@ -619,7 +610,7 @@ class ArtClassifier(nn.Module):
 def load_tensors(path):
     """Load a file of torch.save; refuse one that is damaged or holds more than plain values."""
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"there is no file {path}{near(path.name)}")
     content = io.BytesIO(path.read_bytes())  # an error of the disk is none of the file
     try:
         damaged = zipfile.ZipFile(content).testzip()  # torch does not look at the checksums
@@ -633,9 +624,9 @@ def load_tensors(path):
 
 
 def load_weights(module, tensors, path):
-    """Load the tensors of a file into a module, where all of them fit."""
+    """Load the tensors of a file into a module, where all of them fit; a last layer `fc` aside."""
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict({name: tensors[name] for name in tensors if name[:3] != "fc."})
     except Exception as error:  # RuntimeError, and of other kinds where they are no tensors
         words = " ".join(str(error).split())
         raise ValueError(f"{path} is refused: its weights do not fit: {words[:300]}") from error
@@ -654,9 +645,7 @@ def load_resnet(resnet, weights):
                           ) from error
     else:
         tensors = load_tensors(path)
-    tensors = tensors if isinstance(tensors, dict) else {}
-    load_weights(resnet, {name: value for name, value in tensors.items()
-                          if not str(name).startswith("fc.")}, path)
+    load_weights(resnet, tensors, path)
 
 
 # --------------------------------------------------------------------------------------- processes
@@ -801,15 +790,13 @@ def make_loader(paintings, batch_size, workers, device):
 
 def move_to_fastest(model):
     """Move a model to CUDA, MPS or the CPU, the first there is, and to the precision that pays."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+    mps = torch.backends.mps.is_available() and WORLD_SIZE == 1  # gloo knows no MPS
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if device.type == "cuda":
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         model.precision = torch.bfloat16 if bf16 else torch.float16
-    elif torch.backends.mps.is_available() and WORLD_SIZE == 1:  # gloo knows no MPS
-        device = torch.device("mps")
-    else:
+    elif device.type == "cpu":
         with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
             # Keep freed memory for the next step: 2.9 to 4.1 paintings/s in training, two cores.
             mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
@@ -868,10 +855,9 @@ def compare(logits, labels):
 def gather(outputs, loader):
     """Return the outputs for a loader's batches in the paintings' order, from all processes."""
     indices = [index for batch in loader.batch_sampler for index, _ in batch]
-    shares = [(indices, torch.cat(outputs).cpu())]
+    shares = [(indices, torch.cat(outputs).cpu())] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        shares, own = [None] * WORLD_SIZE, shares[0]
-        distributed.all_gather_object(shares, own, patient_group())
+        distributed.all_gather_object(shares, shares[0], patient_group())
     indices, outputs = zip(*shares)
     return torch.cat(outputs)[np.argsort(np.concatenate(indices))]
 
@@ -891,26 +877,25 @@ def train_epoch(model, loader, optimizer, scaler, rates, title):
                 group["lr"] = group["peak"] * rate
             logits = model(to_images(pixels, device))
             labels = labels.to(device, non_blocking=labels.is_pinned())
-            # Gradients are averaged over the processes. Weighted so, their average is that of the
-            # whole batch, also where the processes' shares of it differ in size.
-            loss = nn.functional.cross_entropy(logits, labels) * len(labels) * count / size
+            # The mean of the processes' gradients is then that of the whole batch.
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum") * count / size
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
             compared.append(compare(logits.detach(), labels))
             total += loss.detach() * size / count
             done += size
-            if step % READ_EVERY == 0 or step == len(rates):
-                mean = total.item() * count / done  # waits for the device
+            if step % 20 == 0 or step == len(rates):  # each time it waits for the device
+                mean = total.item() * count / done
                 if not math.isfinite(mean) or scaler.get_scale() < 1:  # fp16 skips every step
                     raise ValueError(
                         f"{title}, batch {step}, at {rate:.3f} of the peak learning rate: the loss "
                         "or its gradient is not finite; nothing of this epoch is kept; try a "
                         "smaller LEARNING_RATE")
-                bar.set_postfix_str(f", loss {mean:.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {mean:.3f}", refresh=False)
             bar.update(size)
     if count > 1:  # the batch norms of the first process are those that are saved
         distributed.all_reduce(total)
@@ -959,7 +944,7 @@ def train(run, model, split, settings):
     frozen_epochs = settings.frozen_epochs if pretrained else 0
     backbone_rate = settings.backbone_rate if pretrained else 1
     fixed_norms = pretrained and settings.batch_norms == "fixed"
-    early = max(epochs // 4, frozen_epochs + 1)  # the last epoch that margins are kept of
+
     device = move_to_fastest(model)
     run["device"] = f"{device}, {model.precision or torch.float32}"
     optimizer = make_optimizer(model, settings.learning_rate, backbone_rate, settings.weight_decay)
@@ -985,9 +970,8 @@ def train(run, model, split, settings):
         rates = [rate_at(epoch - 1 + (step + 0.5) / len(loader), epochs, frozen_epochs,
                          settings.warmup_epochs) for step in range(len(loader))]
         model.start_training(frozen=epoch <= frozen_epochs, fixed_norms=fixed_norms)
-        parallel = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-        parallel.broadcast_buffers = False  # `train_epoch` does it once
-        loss, compared = train_epoch(parallel, loader, optimizer, scaler, rates, title)
+        joint = DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
+        loss, compared = train_epoch(joint, loader, optimizer, scaler, rates, title)
         speed = len(split["train"]) / (time.perf_counter() - begun)
         logits = evaluate(model, validation_loader, f"{title} validation")
         accuracy = (logits.argmax(1) == labels).double().mean().item()
@@ -996,7 +980,7 @@ def train(run, model, split, settings):
                         "validation_accuracy": accuracy, "paintings_per_second": speed,
                         "learning_rate": settings.learning_rate * rates[-1],
                         "seconds": time.perf_counter() - begun})
-        if epoch <= early:
+        if epoch <= max(epochs // 4, frozen_epochs + 1):  # early: not learned by heart yet
             note_margins(run, split, "train", compared, fresh=epoch <= frozen_epochs + 1)
         if best_epoch(history) == epoch:
             note_margins(run, split, "validation", compare(logits, labels), fresh=True)
@@ -1042,14 +1026,14 @@ def load_checkpoint(path):
 def write_table(path, columns, rows):
     """Write these columns of rows, dictionaries, as CSV in UTF-8 with a header."""
     def cell(value):
-        if isinstance(value, float):
-            return f"{value:.6g}"
-        is_formula = isinstance(value, str) and value.startswith(FORMULAS)
-        return f"'{value}" if is_formula else value
+        if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+            return f"'{value}"  # else a spreadsheet takes it for a formula
+        return f"{value:.6g}" if isinstance(value, float) else value
 
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerows([columns, *([cell(row[name]) for name in columns] for row in rows)])
+    table.writerow(map(cell, columns))
+    table.writerows([cell(row[name]) for name in columns] for row in rows)
     write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
@@ -1184,17 +1168,17 @@ def set_up(settings):
         split, source = split_paintings(labels, test_list, settings.group_by, settings.seed)
         run = {"format": FORMAT, "class_names": class_names, "split": split,
                "split_source": source, "history": [], "margins": {}}
-    versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__,
+                "Python": platform.python_version()}
     run |= {"settings": lasting, "versions": versions}
     run["split"] = locate(run["split"], found)
-    listed, on_disk = [path for part in PARTS for path in run["split"][part]], set(found)
-    missing = [path for path in listed if path not in on_disk]
-    report(missing, "paintings of the run not on disk")
-    report(sorted(on_disk.difference(listed)), "paintings that are not of the run")
+    listed, on_disk = {path for labels in run["split"].values() for path in labels}, set(found)
+    report(sorted(listed - on_disk), "paintings of the run not on disk")
+    report(sorted(on_disk - listed), "paintings that are not of the run")
     there, wanted = set(map(style, found)), set(map(style, listed))
     report(sorted(wanted - there), "folders gone")
     report(sorted(there - wanted), "folders new")
-    if listed and len(missing) == len(listed):
+    if listed and listed.isdisjoint(on_disk):
         raise ValueError(f"{len(listed):,} paintings are listed, and none of them is in "
                          f"{settings.data_dir}, where the first is {found[0]}: do they belong "
                          "together?")
@@ -1235,12 +1219,12 @@ def prepare(run, found, settings):
 def print_end(history, settings):
     """Print what was trained, and what to do next."""
     best, seconds = history[best_epoch(history) - 1], sum(row["seconds"] for row in history)
-    print(f"trained {len(history)} epoch{'s' * (len(history) > 1)} in {duration(seconds)}; best: epoch {best['epoch']}, "
-          f"validation accuracy {100 * best['validation_accuracy']:.2f} %, "
+    print(f"trained {len(history)} epoch{'s' * (len(history) > 1)} in {duration(seconds)}; best: "
+          f"epoch {best['epoch']}, validation accuracy {100 * best['validation_accuracy']:.2f} %, "
           f"{printable(settings.output_dir / 'model_best.pth')}")
-    flags = [f" --{name}-dir {shlex.quote(str(folder))}" for name in ("data", "small", "output")
-             if (folder := getattr(settings, f"{name}_dir"))
-             != Path(SETTINGS[f"{name.upper()}_DIR"]).absolute()]
+    folders = {name: getattr(settings, f"{name}_dir") for name in ("data", "small", "output")}
+    flags = [f" --{name}-dir {shlex.quote(str(folder))}" for name, folder in folders.items()
+             if folder != Path(SETTINGS[f"{name.upper()}_DIR"]).absolute()]
     print(f"next: python test_model.py{printable(''.join(flags))}")
 
 

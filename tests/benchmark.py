@@ -182,7 +182,7 @@ def this_project(options, in_memory=False):
 
     def save():
         run = {"class_names": [], "split": dict.fromkeys(train_model.PARTS, labels),
-               "history": [{"validation_accuracy": 0.0}]}  # the best so far
+               "history": [{"epoch": 1, "validation_accuracy": 0.0}]}  # the best so far
         train_model.save_epoch(run, model, optimizer, scaler, options.originals.parent)
 
     kinds = {"training": train, "evaluation": evaluate}

@@ -76,9 +76,8 @@ def accuracies(options, flags, image_size, seed, folder):
         tm.check_settings(settings)
         run, model = test_model.load_best(settings.output_dir)
         copies = tm.copies_folder(settings.small_dir, image_size)
-        found = test_model.prepare_test(run, copies, settings)
-        tested = {path: run["split"]["test"][path] for path in found}
-        logits = test_model.predict_views(model, tested, found, copies, image_size, settings)
+        tested = test_model.prepare_test(run, copies, settings)
+        logits = test_model.predict_views(run, model, tested, copies, settings)
     labels = torch.tensor(list(tested.values()))
     centre = logits[len(logits) // 2]
     means = {"one view": centre, "three views, logits": logits.mean(0),

@@ -226,17 +226,22 @@ def test_the_witness_was_counted():
               "C/nameless.jpg": 2}
     parts = list(labels.items())
     split = {"train": dict(parts[:5]), "validation": dict(parts[5:7]), "test": dict(parts[7:])}
-    testify = test_model.make_witness(split, "style", 4)
+    testify = test_model.make_witness(split, "style", ["a", "b", "c", "d"])
     prior = [4 / 11, 3 / 11, 4 / 11]
-    assert testify("C/x_7.jpg", 2) == (
-        "x", 6, 0, 0, 4, pytest.approx(np.log((4 + prior[0]) / (0 + prior[2]))))
-    assert testify("A/x_1.jpg", 0) == (
-        "x", 6, 3, 1, 2, pytest.approx(np.log((2 + prior[1]) / (3 + prior[0]))))
-    assert testify("B/y_1.jpg", 1)[:5] == ("y", 1, 0, 2, 1)
-    name, total, *_, score = testify("C/z_1.jpg", 2)
-    assert (name, total) == ("z", 0) and np.isnan(score)
-    assert np.isnan(testify("C/nameless.jpg", 2)[-1])
-    assert test_model.make_witness(split, "artist", 4)("B/x_5.jpg", 1)[:3] == ("B", 2, 2)
+    names = ("witness", "witness_paintings", "witness_share", "witness_class", "speaking", "score")
+
+    def said(path, label, testify=testify):
+        return [testify(path, label)[name] for name in names]
+
+    assert said("C/x_7.jpg", 2) == [
+        "x", 6, 0, "a", 4, pytest.approx(np.log((4 + prior[0]) / (0 + prior[2])))]
+    assert said("A/x_1.jpg", 0) == [
+        "x", 6, 3 / 6, "b", 2, pytest.approx(np.log((2 + prior[1]) / (3 + prior[0])))]
+    assert said("B/y_1.jpg", 1)[:5] == ["y", 1, 0, "c", 1]
+    for alone in ("C/z_1.jpg", "C/nameless.jpg"):
+        assert said(alone, 2)[:5] == ["", 0, "", "", 0] and np.isnan(said(alone, 2)[5])
+    of_folder = test_model.make_witness(split, "artist", ["a", "b", "c", "d"])
+    assert said("B/x_5.jpg", 1, of_folder)[:4] == ["B", 2, 1, ""]
 
 
 def test_doubt_is_the_mean_of_three_ranks():
@@ -256,13 +261,13 @@ def test_doubt_is_the_mean_of_three_ranks():
     unused = list(labels["train"])[7]
     assert {row["path"] for row in rows} == {
         path for part in tm.PARTS for path in labels[part]} - {unused}
-    testify, doubts, scores = test_model.make_witness(labels, "style", 3), {}, {}
+    testify, doubts, scores = test_model.make_witness(labels, "style", names), {}, {}
     for part in tm.PARTS:
         used = [(path, margin) for path, margin in zip(labels[part], margins[part])
                 if path != unused]
         for (path, _), rank in zip(used, rankdata([margin for _, margin in used])):
             doubts[path] = (rank - 0.5) / len(used)
-            scores[path] = testify(path, labels[part][path])[-1]
+            scores[path] = testify(path, labels[part][path])["score"]
     heard = [path for path, value in scores.items() if not np.isnan(value)]
     assert set(doubts) - set(heard) == {"S/nameless.jpg"}
     for path, rank in zip(heard, rankdata([scores[path] for path in heard])):
@@ -686,6 +691,9 @@ def test_ones_own_pictures(finished, tested, tmp_path, capsys):
     assert [row["picture"] for row in rows] == [str(original), f"{tmp_path}/some/more/x y.png"]
     assert rows[0]["class"] == pairs[0][0] and len(rows[0]) == 11
     assert float(rows[0]["probability"]) == pytest.approx(float(pairs[0][1]) / 100, abs=1e-3)
+    shutil.copy(original, tmp_path / "p[1].jpg")
+    assert test_model.main([*flags, str(tmp_path / "p[1].jpg")]) == 0
+    assert [row["picture"] for row in read(out / "own_pictures.csv")] == [f"{tmp_path}/p[1].jpg"]
     more = ["--batch-size", "1", f"{original.parent}/*.jpg"]  # which no shell has resolved
     assert test_model.main([*flags, *more]) == 0
     assert len(read(out / "own_pictures.csv")) == 8

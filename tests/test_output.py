@@ -47,7 +47,7 @@ def test_the_lines_of_a_run(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("seconds,words", [
-    (0.4, "0 s"), (29.4, "29 s"), (59, "59 s"), (60, "1 min"), (3540, "59 min"),
+    (0.4, "0 s"), (29.4, "29 s"), (59.4, "59 s"), (59.6, "1 min"), (3540, "59 min"),
     (3599, "1 h 00 min"), (3900, "1 h 05 min"), (18_720, "5 h 12 min"), (400_000, "111 h 07 min")])
 def test_durations_in_words(seconds, words):
     assert tm.duration(seconds) == words
@@ -60,7 +60,7 @@ def test_a_log_gets_a_line_a_minute(capsys):
         assert not capsys.readouterr().err
         for moment in ("start_t", "last_print_t"):
             setattr(bar, moment, getattr(bar, moment) - 61)
-        bar.set_postfix_str(", loss 2.310", refresh=False)
+        bar.set_postfix_str("loss 2.310", refresh=False)
         bar.update(12_736)
         bar.update(64)
     lines = capsys.readouterr().err.splitlines()

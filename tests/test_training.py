@@ -142,6 +142,8 @@ BAD_INPUT = [
     (["--attribute", "genre"], "genre_train.csv.*https://github.com/cs-chan/ArtGAN"),
     (["--attribute", "colour"], "'colour' needs colour_train.csv"),
     (["--attribute", ""], "ATTRIBUTE ''"),
+    (["--attribute", "stile"], "stile_train.csv.*; did you mean style\\?$"),
+    (["--weights", "imagnet"], "no file .*/imagnet; did you mean imagenet\\?$"),
     (["--lists-dir", "{}/nowhere"], "nowhere must hold style_class.* has nothing"),
     (["--lists-dir", "{}/other_lists"], "2 paintings are listed, and none of them is in"),
     (["--lists-dir", "{}/other_lists", "--attribute", "x"], "must hold x_class.* has style_"),
@@ -483,7 +485,7 @@ def test_the_run_saves_what_it_says(finished):
     assert peaks == {1e-3}  # and no epoch is frozen: the weights are random at the start
     assert last["model"]["features.resnet.bn1.num_batches_tracked"] == 2 * 4
     assert best["settings"]["EPOCHS"] == 2 and best["settings"]["WEIGHTS"] == "none"
-    assert best["versions"].keys() == {"torch", "torchvision"}
+    assert best["versions"].keys() == {"torch", "torchvision", "Python"}
     names = sorted(path.name for path in finished.out.glob("[!.]*"))
     assert names == ["bad_files.txt", "class_names.txt", "crops.jpg", "history.csv",
                      "model_best.pth", "model_last.pth"]
