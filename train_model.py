@@ -112,40 +112,6 @@ def report(items, what):
         print(f"{what}: {len(items):,} ({', '.join(map(printable, items[:3]))}{dots})")
 
 
-def near(word):
-    """Return the question whether one of the words for settings was meant, or nothing."""
-    known = ("style", "artist", "genre", "imagenet", "none")
-    return "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(word, known, 1)
-                   if match != word)
-
-
-def duration(seconds):
-    """Return a time in words: 45 s, 12 min, or 1 h 05 min."""
-    minutes = round(seconds / 60)
-    if round(seconds) < 60:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-class Progress(tqdm):
-    """A bar that counts paintings on a terminal; elsewhere, as in a log, a line a minute."""
-
-    def __init__(self, title, total):
-        self.wait = 0.1 if sys.stderr.isatty() else 60  # seconds
-        super().__init__(desc=title, total=total, unit=" paintings", leave=False, miniters=1,
-                         mininterval=self.wait, delay=self.wait, disable=RANK > 0)
-
-    def display(self, msg=None, pos=None):
-        """Show the bar, as tqdm asks at most every `wait` seconds."""
-        if self.wait < 1:
-            super().display(msg, pos)
-        elif msg is None:  # '' would clear the bar
-            rate = self.n / self.format_dict["elapsed"]
-            said = [f"{self.desc}: {self.n:,} of {self.total:,} paintings", self.postfix,
-                    f"{rate:,.1f} paintings/s", f"{duration((self.total - self.n) / rate)} left"]
-            print(", ".join(filter(None, said)), file=sys.stderr)
-
-
 def is_picture(name):
     """Return whether a file's name has the ending of a picture."""
     return name.lower().endswith(ENDINGS)
@@ -326,6 +292,33 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def duration(seconds):
+    """Return a time in words: 45 s, 12 min, or 1 h 05 min."""
+    minutes = round(seconds / 60)
+    if round(seconds) < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class Progress(tqdm):
+    """A bar that counts paintings on a terminal; elsewhere, as in a log, a line a minute."""
+
+    def __init__(self, title, total):
+        self.wait = 0.1 if sys.stderr.isatty() else 60  # seconds
+        super().__init__(desc=title, total=total, unit=" paintings", leave=False, miniters=1,
+                         mininterval=self.wait, delay=self.wait, disable=RANK > 0)
+
+    def display(self, msg=None, pos=None):
+        """Show the bar, as tqdm asks at most every `wait` seconds."""
+        if self.wait < 1:
+            super().display(msg, pos)
+        elif msg is None:  # '' would clear the bar
+            rate = self.n / self.format_dict["elapsed"]
+            said = [f"{self.desc}: {self.n:,} of {self.total:,} paintings", self.postfix,
+                    f"{rate:,.1f} paintings/s", f"{duration((self.total - self.n) / rate)} left"]
+            print(", ".join(filter(None, said)), file=sys.stderr)
+
+
 def check_space(copies, left):
     """Say how much space the copies that are left will take, after these; refuse too much."""
     size = left * (sum(map(os.path.getsize, copies)) / len(copies) + 2048)  # in blocks of 4096
@@ -404,6 +397,13 @@ def style(path):
 def artist(path):
     """Return the artist that a painting's file name tells: what stands before its first _."""
     return file_name(path).partition("_")[0]
+
+
+def near(word):
+    """Return the question whether one of the words for settings was meant, or nothing."""
+    known = ("style", "artist", "genre", "imagenet", "none")
+    return "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(word, known, 1)
+                   if match != word)
 
 
 def read_rows(path, pattern, example):

@@ -1,12 +1,13 @@
 """Measure how well outliers.csv finds wrong labels, by planting some.
 
-    python tests/planted.py wikiart wikiart_csv [flags of train_model.py]
+    python tests/planted.py wikiart wikiart_csv [--stand-in] [flags of train_model.py]
 
 Flips 5 % of ArtGAN's style labels, in the training and the test list alike, trains and tests on
 them with the two scripts, and prints how well the margin alone, the witness alone and both find
 the planted ones in the whole collection: AUROC, precision among as many as were planted, and the
 share of them in the first 5 %. Flips go to any other style that has paintings, or to the style
-that a model without flips takes the true one for most often.
+that a model without flips takes the true one for most often. With --stand-in, the network is the
+small pretrained one of tests/standin.py, which says what to install.
 """
 
 import argparse
@@ -86,6 +87,7 @@ def main():
     parser.add_argument("data_dir")
     parser.add_argument("lists_dir", type=Path)
     parser.add_argument("--flips", type=int, default=0, dest="seed", help="their seed [0]")
+    parser.add_argument("--stand-in", action="store_true", help="a small pretrained network")
     options, flags = parser.parse_known_args()
     data_dir = options.data_dir
     try:
@@ -96,6 +98,9 @@ def main():
               "test": {path: labels[path] for path in labels if path in test_list}}
     used = sorted(set(labels.values()))
     with tempfile.TemporaryDirectory() as name:
+        if options.stand_in:
+            from tests import standin
+            flags.append(f"--weights={standin.install(Path(name))}")
         rows, _ = train_and_test(data_dir, class_names, listed, Path(name, "plain"), flags)
         taken = Counter((row["class"], row["predicted"]) for row in rows)
         confused = {

