@@ -4,10 +4,11 @@
     python test_model.py photo.jpg folder/    the five likeliest classes of pictures of one's own
     python test_model.py --help               every setting as a flag
 
-Reads   model_best.pth in OUTPUT_DIR, which names the test paintings, and those paintings; for the
-        learning curve's later epochs, model_last.pth too, where it is there.
-Writes  into OUTPUT_DIR predictions.csv (one row a test painting), outliers.csv (paintings that
-        might not fit the class they are assigned to) and report.html (all of it to look at).
+Reads   model_best.pth in OUTPUT_DIR, which names the test paintings, and those paintings; of
+        model_last.pth, where it is there, the later epochs and what training noted in early ones.
+Writes  into OUTPUT_DIR report.html (all of it to look at), outliers.csv (paintings that might not
+        fit the class they are assigned to), twins.csv (those that two classes claim), and for
+        programs scores.json, predictions.csv, classes.csv and confusion.csv; own_pictures.csv.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from base64 import b64encode
@@ -146,20 +146,21 @@ def make_witness(split, attribute, class_names):
     for labels in split.values():
         for path, label in labels.items():
             counts[witness_of(path)] += one[label]
-    prior = sum(counts.values()) / sum(map(len, split.values()))
+    everything = sum(counts.values())
 
     def testify(path, label):
-        others = counts[witness_of(path)] - one[label]
+        others = counts[witness_of(path)] - one[label]  # the painting itself left out
         total = int(others.sum())
-        if not total or (attribute != "artist" and "_" not in train_model.file_name(path)):
+        named = attribute == "artist" or "_" in train_model.file_name(path)
+        if not (named and 0 < total < 2 / 3 * everything.sum()):  # IMG_1.jpg names no artist
             return {"witness": "", "witness_paintings": 0, "witness_share": "", "witness_class": "",
-                    "speaking": 0, "score": math.nan}
-        shares = np.log((others + prior).clip(1e-12) / (total + 1))
+                    "witness_class_paintings": 0, "score": math.nan}
+        shares = np.log((others + everything / everything.sum()).clip(1e-12) / (total + 1))
         best = np.where(one[label], -np.inf, shares).argmax()
         return {"witness": witness_of(path), "witness_paintings": total,
-                "witness_share": others[label] / total, "speaking": int(others[best]),
+                "witness_share": others[label] / total,
                 "witness_class": class_names[best] if others[best] else "",
-                "score": shares[best] - shares[label]}
+                "witness_class_paintings": int(others[best]), "score": shares[best] - shares[label]}
 
     return testify
 
@@ -177,8 +178,9 @@ def find_outliers(run, labels, compared):
     labels: {path: label} of the test; compared: what `train_model.compare` says of them. The run
     brings what was noted of the others: of validation in the best epoch, of training in the early
     epochs, before paintings are learned by heart (after Pleiss et al. 2020, arXiv 2001.10528).
-    doubt: of two ranks in 0..1, of the margin in its part and of the witness's score, the geometric
-    mean, seen from 1; the witness, who knows more, counts twice (measured: tests/README.md).
+    doubt: the rank in 0..1 of 1 - (1 - margin) ** (1 / 3) * (1 - score) ** (2 / 3), of the ranks of
+    the margin in its part and of the witness's score, which counts twice (measured:
+    tests/README.md); where there is no witness, the rank of the margin.
     """
     class_names, rows = run["class_names"], []
     noted = run["margins"] | {"test": torch.nn.functional.pad(compared, (0, 1), value=1)}
@@ -196,11 +198,13 @@ def find_outliers(run, labels, compared):
             row["doubt"] = rank
         rows += own
     heard = [row for row in rows if not math.isnan(row["score"])]
-    for row, rank in zip(heard, rank_shares([row["score"] for row in heard])):
-        row["doubt"] = 1 - (1 - row["doubt"]) ** (1 / 3) * (1 - rank) ** (2 / 3)
+    joined = [1 - (1 - row["doubt"]) ** (1 / 3) * (1 - rank) ** (2 / 3)
+              for row, rank in zip(heard, rank_shares([row["score"] for row in heard]))]
+    for row, rank in zip(heard, rank_shares(joined)):
+        row["doubt"] = rank
     rows.sort(key=lambda row: (-row["doubt"], row["path"]))
     places = defaultdict(itertools.count)  # how many of the class come before it
-    return [row | {"rank": rank, "place": next(places[row["class"]])}
+    return [row | {"rank": rank, "rank_in_class": next(places[row["class"]])}
             for rank, row in enumerate(rows, 1)]
 
 
@@ -216,7 +220,8 @@ def find_twins(split, class_names):
     for labels in split.values():
         for path, label in labels.items():
             twins[train_model.file_name(path)].append((path, class_names[label]))
-    pairs = [pair for same in twins.values() for pair in itertools.combinations(sorted(same), 2)]
+    pairs = [pair for same in twins.values() if len(same) < 6  # more are numbers, and no titles
+             for pair in itertools.combinations(sorted(same), 2)]
     return [{"path": path, "class": name, "twin": twin, "twin_class": other}
             for (path, name), (twin, other) in sorted(pairs) if name != other]
 
@@ -283,6 +288,8 @@ def write_report(path, run, results, small_dir):
     """
     scores, names = results["scores"], [escaped(name) for name in run["class_names"]]
     attribute, predictions = run["settings"]["ATTRIBUTE"], results["predictions"]
+    title = (f"{attribute} at {run['settings']['IMAGE_SIZE']} pixels, epoch {results['epoch']}: "
+             f"{scores['accuracy']:.1%}, a classifier of paintings tested")
     sections = {
         "The surest paintings": surest(predictions, small_dir),
         "Learning curve": learning_curve(run["history"]),
@@ -295,11 +302,11 @@ def write_report(path, run, results, small_dir):
     parts = [f'<h2 id="{n}">{name}</h2>{body}\n' for n, (name, body) in enumerate(sections.items())]
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
-<title>{escaped(attribute, "")}, {scores["accuracy"]:.1%}: test of a classifier of paintings</title>
+<title>{escaped(title, "")}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{CSS}</style></head><body><main>
-{headline(attribute, names, scores, results["guesses"])}<nav>{" · ".join(links)}</nav>
-{"".join(parts)}</main></body></html>
+{headline(attribute, names, scores, results["guesses"])}{parts[0]}<nav>{" · ".join(links)}</nav>
+{"".join(parts[1:])}</main></body></html>
 """
     train_model.write_whole(path, page.encode("utf-8"))
 
@@ -331,8 +338,9 @@ def headline(attribute, names, scores, guesses):
     bars[0] += f'<i style="left:{low:.2%};width:{high - low:.2%}"></i>'
     pairs = [(name[0].upper() + name[1:], f"<b>{scores[key]:.1%}</b>{words}")
              for key, name, words in SCORES[len(names) <= 5:]]
-    poor = "" if low > min(guesses.values()) else """<p><b>The model is not surely better than
-a guess: what it says of single paintings, doubts included, means little yet.</b></p>"""
+    commonest, *_ = guesses.values()
+    poor = "" if low > commonest else """<p><b>The model is not surely better than a guess: what it
+says of single paintings, doubts included, means little yet.</b></p>"""
     return f"""<header class="wide"><div><h1>Test accuracy, {escaped(attribute)}
 <b>{accuracy:.2%}</b></h1><p>The model finds the given one of {len(names)} classes for
 {scores["confusion"].trace():,} of {scores["count"].sum():,} paintings that it has not learned from.
@@ -438,48 +446,58 @@ def hang(rows, say, small_dir):
         with contextlib.suppress(OSError):
             with Image.open(small_dir / train_model.small_name(path)) as copy:
                 copy.thumbnail((200, 200))
-                copy.save(jpeg, "JPEG", quality=70, comment=b"")
+                copy.save(jpeg, "JPEG", quality=60, comment=b"")
             image = (f'<img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}" '
                      f'alt="{html.escape(printable(path))}">')
         artist, _, title = Path(path).stem.replace("-", " ").partition("_")
-        figures.append(f"<figure>{image}<figcaption>{say(row)}<br>{escaped(artist)}: "
-                       f"{escaped(title, 'i')}</figcaption></figure>")
+        named = f"{escaped(artist)}: {escaped(title, 'i')}" if title else escaped(artist)
+        figures.append(f"<figure>{image}<figcaption>{say(row)}<br>{named}</figcaption></figure>")
     return f'<div class="hang">{"".join(figures)}</div>' if figures else "<p>None.</p>"
 
 
 def say_doubt(row):
     """Return what model and witness say of a painting, as HTML."""
     said = (f"<b>{escaped(row['fits_better'])}</b> "
-            f"{'fits better' if row['margin'] > 0 else 'is next'}; {escaped(row['class'])} has "
+            f"{'fits better' if row['margin'] > 0 else 'is next'}, the given class has "
             f"{row['class_probability']:.1%} ({row['part']})")
     if row["witness_class"]:
-        said += (f"<br>{row['speaking']} of {row['witness_paintings']} others of "
-                 f"{escaped(row['witness'].replace('-', ' '))} are {escaped(row['witness_class'])}")
+        witness, most = escaped(row["witness"].replace("-", " ")), escaped(row["witness_class"])
+        said += (f"<br>{row['witness_class_paintings']} of {row['witness_paintings']} others of "
+                 f"{witness} are {most}, {row['witness_share']:.0%} of the given class")
     return said
+
+
+def select_shown(outliers):
+    """Return the outliers to show: the first of each class, and where model and witness agree."""
+    return ([row for row in outliers if row["rank_in_class"] < GALLERY][:PICTURES],
+            [row for row in outliers if agree(row)][:30])
 
 
 def gallery(outliers, class_names, small_dir):
     """Return the paintings most in doubt, those of which model and witness agree first."""
-    shown, parts = [row for row in outliers if row["place"] < GALLERY][:PICTURES], []
+    shown, both = select_shown(outliers)
+    parts = []
     for name in class_names:
         if rows := [row for row in shown if row["class"] == name]:
             parts.append(f"<h3>{escaped(name)}</h3>\n{hang(rows, say_doubt, small_dir)}\n")
-    both = [row for row in outliers if agree(row)][:60]
     apart = sum(row["margin"] > 0 for row in outliers)
+
+    def say_both(row):
+        return f"given: {escaped(row['class'])}<br>{say_doubt(row)}"
+
     return f"""<p>For {apart:,} of {len(outliers):,} paintings of the run, training included, the
 model finds another class likelier than the given one. The witness is the artist in the file name
 (for artists, the style's folder): what the other paintings there are. Doubt joins both, as
 ranks. These paintings are worth a second look, no more: an early or a late work stands out too,
 rightly labelled. outliers.csv lists as many of each class as OUTLIERS_PER_CLASS says.</p>
 <h3>Model and witness agree</h3><p>Both name the same other class, and less than 5% of 20 or more
-others are of the given one.</p>{hang(both, say_doubt, small_dir)}{"".join(parts)}"""
+others are of the given one.</p>{hang(both, say_both, small_dir)}{"".join(parts)}"""
 
 
 def how_made(run, tested):
     """Return what the model and this page were made with, and how to make them again."""
     settings, split, history = run["settings"], run["split"], run["history"]
-    flags = "".join(f" --{name.lower().replace('_', '-')} {shlex.quote(str(value))}"
-                    for name, value in settings.items() if value != train_model.SETTINGS.get(name))
+    flags = train_model.flags_of(settings)
     made = settings | run["versions"]
     sizes = ", ".join(f"{len(paintings):,} for {part}" for part, paintings in split.items())
     best, spent = train_model.best_epoch(history), sum(row["seconds"] for row in history)
@@ -558,10 +576,12 @@ def classify(model, run, settings):
             return printable(error)
 
     files, rows = find_own_pictures(settings.pictures), []
+    step = max(1, settings.batch_size // settings.views)
     train_model.move_to_fastest(model)
-    with ThreadPool(train_model.cores()) as pool, train_model.Progress("own", len(files)) as bar:
-        for start in range(0, len(files), settings.batch_size):
-            batch = files[start : start + settings.batch_size]
+    bar = train_model.Progress("own pictures", len(files))
+    with bar, ThreadPool(train_model.cores()) as pool:
+        for start in range(0, len(files), step):
+            batch = files[start : start + step]
             views = pool.map(read, batch)
             pixels = [view for view in views if not isinstance(view, str)]
             named = iter(name_classes(np.stack(pixels), run, model) if pixels else [])
@@ -571,15 +591,16 @@ def classify(model, run, settings):
                     continue
                 best = next(named)
                 words = ", ".join(f"{printable(name)} {share:.1%}" for name, share in best)
-                print(f"{printable(file)}: {words}")
+                bar.say(f"{printable(file)}: {words}")
                 rows.append([str(file), *itertools.chain(*best)])
             bar.update(len(batch))
     columns = ["picture", "class", "probability"]
     columns += [f"{kind}_{place}" for place in range(2, 6) for kind in columns[1:]]
-    table = settings.output_dir / "own_pictures.csv"
-    train_model.write_table(table, columns, [
-        dict(itertools.zip_longest(columns, row, fillvalue="")) for row in rows])
-    print(f"written to {printable(table)}")
+    if rows:
+        table = settings.output_dir / "own_pictures.csv"
+        train_model.write_table(table, columns, [
+            dict(itertools.zip_longest(columns, row, fillvalue="")) for row in rows])
+        print(f"written to {printable(table)}")
     if len(rows) < len(files):
         raise ValueError(f"{len(files) - len(rows)} of {len(files)} pictures could not be read")
 
@@ -625,7 +646,7 @@ def write_results(run, labels, views, copies, settings):
     with contextlib.suppress(OSError, ValueError):  # the epochs after the best, if they are here
         last = train_model.load_checkpoint(folder / "model_last.pth")
         if last["history"][: best["epoch"]] == run["history"]:
-            run["history"] = last["history"]
+            run |= {"history": last["history"], "settings": last["settings"]}
             run["margins"]["train"] = last["margins"]["train"]
     logits, truth = views.mean(0), torch.tensor(list(labels.values()))
     scores = score(logits, truth)
@@ -636,10 +657,16 @@ def write_results(run, labels, views, copies, settings):
         "predictions": predict(labels, logits, class_names),
         "outliers": find_outliers(run, labels, train_model.compare(logits, truth)),
         "twins": find_twins(run["split"], class_names),
+        "epoch": best["epoch"], "validation_accuracy": best["validation_accuracy"],
+        "paintings": len(labels), "listed": len(run["split"]["test"]),
     }
+    shown = {row["path"] for rows in select_shown(results["outliers"]) for row in rows}
+    small = {path for path in shown if (copies / train_model.small_name(path)).exists()}
+    if lacking := sorted(path for path in shown - small if (settings.data_dir / path).exists()):
+        train_model.prepare_copies(lacking, settings.data_dir, copies)
     write_tables(folder, class_names, results, settings.outliers_per_class)
     write_report(folder / "report.html", run, results, copies)
-    print_scores(run, best, results)
+    print_scores(run, results)
     print(f"page to look at: {printable(folder / 'report.html')}; beside it, for programs: "
           "scores.json, predictions.csv, outliers.csv, twins.csv, classes.csv, confusion.csv")
     right, count, listed = int(scores["confusion"].trace()), len(labels), len(run["split"]["test"])
@@ -652,15 +679,16 @@ def write_results(run, labels, views, copies, settings):
 def write_tables(folder, class_names, results, most):
     """Write what programs read: scores.json, and the tables as CSV."""
     scores = results["scores"]
-    plain = {name: value for name, value in scores.items() if not isinstance(value, np.ndarray)}
-    text = json.dumps(plain | {"guesses": results["guesses"]}, indent=1, ensure_ascii=False)
+    plain = {name: value for name, value in (scores | results).items()
+             if isinstance(value, (int, float, tuple))} | {"guesses": results["guesses"]}
+    text = json.dumps(plain, indent=1, ensure_ascii=False)
     train_model.write_whole(folder / "scores.json", text.encode("utf-8", "backslashreplace"))
     predictions = results["predictions"]
     train_model.write_table(folder / "predictions.csv", predictions[0], predictions)
     columns = ("path", "class", "part", "doubt", "rank", "margin", "fits_better",
                "class_probability", "witness", "witness_paintings", "witness_share",
                "witness_class")
-    rows = [row for row in results["outliers"] if row["place"] < most]  # the most doubtful first
+    rows = [row for row in results["outliers"] if row["rank_in_class"] < most]
     rows.sort(key=lambda row: class_names.index(row["class"]))
     train_model.write_table(folder / "outliers.csv", columns, rows)
     columns = ("path", "class", "twin", "twin_class")
@@ -674,12 +702,12 @@ def write_tables(folder, class_names, results, most):
     train_model.write_table(folder / "confusion.csv", ["", *class_names], rows)
 
 
-def print_scores(run, best, results):
-    """Print the scores; best: the row of the history of the tested epoch."""
+def print_scores(run, results):
+    """Print the scores."""
     scores = results["scores"]
-    print(f"model of epoch {best['epoch']}, {run['settings']['ATTRIBUTE']}, "
+    print(f"model of epoch {results['epoch']}, {run['settings']['ATTRIBUTE']}, "
           f"{len(run['class_names'])} classes; validation accuracy "
-          f"{100 * best['validation_accuracy']:.2f} %")
+          f"{100 * results['validation_accuracy']:.2f} %")
     for key, name, _ in SCORES[len(run["class_names"]) <= 5:]:
         print(f"{name}: {100 * scores[key]:.2f} %")
     print(f"accuracy of the central square alone: {100 * scores['centre']:.2f} %")

@@ -5,8 +5,9 @@
 
 Reads   DATA_DIR/<Style>/<artist>_<title>.jpg, and ArtGAN's lists in LISTS_DIR where they are there.
 Writes  small copies into SMALL_DIR; into OUTPUT_DIR bad_files.txt (pictures that cannot be used,
-        with reasons) and, after each epoch, history.csv, class_names.txt, model_best.pth (highest
-        validation accuracy so far, for test_model.py) and model_last.pth (to go on from).
+        with reasons), crops.jpg (what the model sees) and, after each epoch, history.csv,
+        class_names.txt, model_best.pth (highest validation accuracy so far, for test_model.py)
+        and model_last.pth (to go on from).
 
 The file follows the data: paintings, labels, split, model, training, checkpoints; `learn`, at the
 end, calls `set_up`, `prepare` and `train`.
@@ -27,7 +28,6 @@ import os
 import platform
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import stat
@@ -67,7 +67,7 @@ OUTPUT_DIR = "."  # checkpoints, and all else that training and testing write
 GROUP_BY = "painting"  # "artist" keeps all paintings of an artist in one part of the split
 MIN_PAINTINGS = 30  # fewest paintings of an artist that make a class, where there are no lists
 WEIGHTS = "imagenet"  # where the ResNet starts: "imagenet" (a 98 MB download), "none", or a file
-BATCH_SIZE = 64  # paintings per step, of all processes; a smaller number needs less memory
+BATCH_SIZE = 64  # paintings per step, of all processes; README.md: what fits into which GPU
 IMAGE_SIZE = 224  # height and width of what the model sees, in pixels, 64 to 512
 LEARNING_RATE = 1e-3  # peak rate of the LSTM and the linear layer
 BACKBONE_RATE = 0.1  # the ResNet's rate as a share of that, where it starts pretrained
@@ -304,29 +304,38 @@ class Progress(tqdm):
     """A bar that counts paintings on a terminal; elsewhere, as in a log, a line a minute."""
 
     def __init__(self, title, total):
-        self.wait = 0.1 if sys.stderr.isatty() else 60  # seconds
+        self.on_terminal = sys.stderr.isatty()
+        wait = 0.1 if self.on_terminal else 60  # seconds
+        line = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_noinv_fmt}{postfix}]"
         super().__init__(desc=title, total=total, unit=" paintings", leave=False, miniters=1,
-                         mininterval=self.wait, delay=self.wait, disable=RANK > 0)
+                         mininterval=wait, delay=wait, disable=RANK > 0, bar_format=line)
 
     def display(self, msg=None, pos=None):
-        """Show the bar, as tqdm asks at most every `wait` seconds."""
-        if self.wait < 1:
-            super().display(msg, pos)
-        elif msg is None:  # '' would clear the bar
+        """Show the bar, or print its line; an empty message clears it."""
+        if self.on_terminal:
+            return super().display(msg, pos)
+        if msg is None:
             rate = self.n / self.format_dict["elapsed"]
             said = [f"{self.desc}: {self.n:,} of {self.total:,} paintings", self.postfix,
                     f"{rate:,.1f} paintings/s", f"{duration((self.total - self.n) / rate)} left"]
             print(", ".join(filter(None, said)), file=sys.stderr)
+        return False
+
+    def say(self, line):
+        """Print a line in the bar's place."""
+        if self.on_terminal:
+            self.clear()
+        print(line)
 
 
 def check_space(copies, left):
-    """Say how much space the copies that are left will take, after these; refuse too much."""
+    """Return how much space the copies that are left will take, after these; refuse too much."""
     size = left * (sum(map(os.path.getsize, copies)) / len(copies) + 2048)  # in blocks of 4096
     free = shutil.disk_usage(copies[0].parent).free
     words = f"the small copies still take about {size / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
-    print(words)
     if size > free:
         raise OSError(f"{words}: choose a SMALL_DIR on another disk, or a smaller IMAGE_SIZE")
+    return words
 
 
 def prepare_copies(found, data_dir, folder):
@@ -371,7 +380,7 @@ def prepare_copies(found, data_dir, folder):
                 for done, _ in enumerate(work, 1):
                     bar.update()
                     if done == len(sample) < len(found) and written:
-                        check_space(written, missing - len(written))
+                        bar.say(check_space(written, max(0, missing - len(written))))
         finally:  # after an error or Ctrl-C too, wait for the copies that are being written
             pool.terminate()
             pool.join()
@@ -717,7 +726,7 @@ class Paintings(Dataset):
         if self.seed is None:
             image = square(image, self.image_size, self.view)
         pixels = torch.from_numpy(np.array(image))
-        if self.seed is not None:  # as a tensor, at 1.2 times the speed of Pillow
+        if self.seed is not None:  # as tensors, which takes less time than by Pillow
             words = f"{self.seed} {epoch} {path}".encode("utf-8", "surrogateescape")
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(zlib.crc32(words))
@@ -921,9 +930,10 @@ def evaluate(model, loader, title):
 
 
 def note_margins(run, split, part, compared, fresh):
-    """Add what was compared in a part to the run's sums, (paintings listed, 4), or begin afresh.
+    """Add an epoch's `compare` of a part to the run's sums, a row a listed painting.
 
-    Columns: those of `compare`, of which the label is the latest and no sum; number of epochs.
+    Columns: margins, probabilities, the latest best other label, and the epochs that were counted;
+    `fresh` begins with this one.
     """
     usable = torch.tensor([path in split[part] for path in run["split"][part]])
     if fresh or part not in run["margins"]:
@@ -945,6 +955,7 @@ def train(run, model, split, settings):
     frozen_epochs = settings.frozen_epochs if pretrained else 0
     backbone_rate = settings.backbone_rate if pretrained else 1
     fixed_norms = pretrained and settings.batch_norms == "fixed"
+    first = frozen_epochs + 1 if frozen_epochs < epochs else 1  # epoch whose margins count
 
     device = move_to_fastest(model)
     run["device"] = f"{device}, {model.precision or torch.float32}"
@@ -981,8 +992,8 @@ def train(run, model, split, settings):
                         "validation_accuracy": accuracy, "paintings_per_second": speed,
                         "learning_rate": settings.learning_rate * rates[-1],
                         "seconds": time.perf_counter() - begun})
-        if epoch <= max(epochs // 4, frozen_epochs + 1):  # early: not learned by heart yet
-            note_margins(run, split, "train", compared, fresh=epoch <= frozen_epochs + 1)
+        if epoch <= max(epochs // 4, first):  # early: not learned by heart yet
+            note_margins(run, split, "train", compared, fresh=epoch <= first)
         if best_epoch(history) == epoch:
             note_margins(run, split, "validation", compare(logits, labels), fresh=True)
         from_first(save_epoch, run, model, optimizer, scaler, settings.output_dir)
@@ -1177,8 +1188,8 @@ def set_up(settings):
     report(sorted(listed - on_disk), "paintings of the run not on disk")
     report(sorted(on_disk - listed), "paintings that are not of the run")
     there, wanted = set(map(style, found)), set(map(style, listed))
-    report(sorted(wanted - there), "folders gone")
-    report(sorted(there - wanted), "folders new")
+    report(sorted(wanted - there), "folders of the run that are gone")
+    report(sorted(there - wanted), "folders without a painting of the run")
     if listed and listed.isdisjoint(on_disk):
         raise ValueError(f"{len(listed):,} paintings are listed, and none of them is in "
                          f"{settings.data_dir}, where the first is {found[0]}: do they belong "
@@ -1217,16 +1228,25 @@ def prepare(run, found, settings):
     return split
 
 
+def flags_of(values):
+    """Return the flags, as text, of the settings {name: value} that are not the default."""
+    flags, defaults = "", {name: str(value) for name, value in SETTINGS.items()}
+    for name, value in values.items():
+        if str(value) not in (defaults[name], os.path.abspath(defaults[name])):
+            flags += f" --{name.lower().replace('_', '-')} "
+            flags += f'"{value}"' if " " in str(value) else str(value)
+    return flags
+
+
 def print_end(history, settings):
     """Print what was trained, and what to do next."""
     best, seconds = history[best_epoch(history) - 1], sum(row["seconds"] for row in history)
     print(f"trained {len(history)} epoch{'s' * (len(history) > 1)} in {duration(seconds)}; best: "
           f"epoch {best['epoch']}, validation accuracy {100 * best['validation_accuracy']:.2f} %, "
           f"{printable(settings.output_dir / 'model_best.pth')}")
-    folders = {name: getattr(settings, f"{name}_dir") for name in ("data", "small", "output")}
-    flags = [f" --{name}-dir {shlex.quote(str(folder))}" for name, folder in folders.items()
-             if folder != Path(SETTINGS[f"{name.upper()}_DIR"]).absolute()]
-    print(f"next: python test_model.py{printable(''.join(flags))}")
+    shared = ("DATA_DIR", "SMALL_DIR", "OUTPUT_DIR", "BATCH_SIZE", "WORKERS")
+    flags = flags_of({name: getattr(settings, name.lower()) for name in shared})
+    print(f"next: python test_model.py{printable(flags)}")
 
 
 def learn(settings):

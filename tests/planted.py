@@ -56,17 +56,18 @@ def flip(listed, choose, seed):
     return flipped, planted
 
 
-def describe(kind, rows, planted):
+def describe(kind, rows, run, planted):
     """Print how well three scores find the planted labels among the rows."""
-    doubt = np.array([float(row["doubt"]) for row in rows])
-    margins = np.zeros(len(rows))
+    doubt, margins = [float(row["doubt"]) for row in rows], np.zeros(len(rows))
     for part in train_model.PARTS:
         own = np.array([row["part"] == part for row in rows])
         margins[own] = test_model.rank_shares(
             [float(row["margin"]) for row in rows if row["part"] == part])
-    heard = np.array([int(row["witness_paintings"]) > 0 for row in rows])
-    with_margin = (1 - margins) ** (1 / 3)  # of which doubt is made, and of the witness
-    witness = np.where(heard, 1 - ((1 - doubt) / with_margin) ** 1.5, 0.5)
+    testify = test_model.make_witness(run["split"], "style", run["class_names"])
+    label_of = {path: label for labels in run["split"].values() for path, label in labels.items()}
+    scores = [testify(row["path"], label_of[row["path"]])["score"] for row in rows]
+    witness = np.nan_to_num(scores)  # 0 where there is none
+    doubt = np.array(doubt)
     parts = {"the whole collection": np.ones(len(rows), dtype=bool)} | {
         part: np.array([row["part"] == part for row in rows]) for part in train_model.PARTS}
     truth = np.array([row["path"] in planted for row in rows])
@@ -115,7 +116,8 @@ def main():
         for kind, choose in ways.items():
             flipped, planted = flip(listed, choose, options.seed)
             _, rows = train_and_test(data_dir, class_names, flipped, Path(name, kind), flags)
-            results.append((kind, rows, planted))
+            run = train_model.load_checkpoint(Path(name, kind, "model_best.pth"))
+            results.append((kind, rows, run, planted))
         for result in results:
             describe(*result)
 

@@ -228,7 +228,8 @@ def test_the_witness_was_counted():
     split = {"train": dict(parts[:5]), "validation": dict(parts[5:7]), "test": dict(parts[7:])}
     testify = test_model.make_witness(split, "style", ["a", "b", "c", "d"])
     prior = [4 / 11, 3 / 11, 4 / 11]
-    names = ("witness", "witness_paintings", "witness_share", "witness_class", "speaking", "score")
+    names = ("witness", "witness_paintings", "witness_share", "witness_class",
+             "witness_class_paintings", "score")
 
     def said(path, label, testify=testify):
         return [testify(path, label)[name] for name in names]
@@ -244,8 +245,8 @@ def test_the_witness_was_counted():
     assert said("B/x_5.jpg", 1, of_folder)[:4] == ["B", 2, 1, ""]
 
 
-def test_doubt_is_the_mean_of_three_ranks():
-    """Geometric, from 1, with scipy's ranks; without a witness it is that of the margin alone."""
+def test_doubt_is_as_defined():
+    """By scipy's ranks and geometric mean; without a witness it is the rank of the margin."""
     chance, names = np.random.default_rng(4), ["a", "b", "c"]
     labels = {part: {f"S/artist-{chance.integers(9)}_{part}-{n}.jpg": int(chance.integers(3))
                      for n in range(50)} for part in tm.PARTS}
@@ -273,6 +274,8 @@ def test_doubt_is_the_mean_of_three_ranks():
     for path, rank in zip(heard, rankdata([scores[path] for path in heard])):
         trust = 1 - (rank - 0.5) / len(heard)
         doubts[path] = 1 - gmean([1 - doubts[path], trust, trust])
+    for path, rank in zip(heard, rankdata([doubts[path] for path in heard])):
+        doubts[path] = (rank - 0.5) / len(heard)
     assert [row["doubt"] for row in rows] == pytest.approx(sorted(doubts.values(), reverse=True))
     for row in rows:
         assert row["doubt"] == pytest.approx(doubts[row["path"]])
@@ -402,7 +405,7 @@ def test_a_page_of_27_classes_with_hostile_names(tmp_path):
             "versions": {"torch": "<u>"}}
     results = {"scores": test_model.score(logits, labels) | {"centre": 0.3}, "twins": [],
                "guesses": {"always naming the commonest style": 0.1}, "outliers": outliers,
-               "predictions": predictions}
+               "predictions": predictions, "epoch": 1}
     test_model.write_report(tmp_path / "report.html", run, results, tmp_path)
     content = (tmp_path / "report.html").read_bytes()
     assert len(content) < 6_000_000
@@ -449,11 +452,11 @@ def counted(tmp_path, monkeypatch, capsys):
         "margins": {"train": torch.zeros(20, 4), "validation": torch.zeros(4, 4)},
         "device": "cpu, torch.float32", "versions": {"torch": "9.9"}}
     monkeypatch.setattr(test_model, "GALLERY", 2)
-    settings = SimpleNamespace(output_dir=tmp_path, small_dir=tmp_path, outliers_per_class=3)
+    settings = SimpleNamespace(output_dir=tmp_path, data_dir=tmp_path, outliers_per_class=3)
 
     def write(last):
         """Write the results where model_last.pth has this history; return the page."""
-        last = {"history": last, "margins": run["margins"]}
+        last = {"history": last, "margins": run["margins"], "settings": run["settings"]}
         monkeypatch.setattr(tm, "load_checkpoint", lambda _: last)
         test_model.write_results(dict(run), test, views, tmp_path, settings)
         return BeautifulSoup((tmp_path / "report.html").read_text(encoding="utf-8"), "html.parser")
@@ -573,7 +576,7 @@ def test_the_gallery_shows_the_right_paintings(counted):
     said = texts(figure.figcaption for figure in figures)
     assert said[0] == "Naive Art 96.5% z : 8" and said[6].startswith("Ukiyo e 85.7%, given Cubism")
     fourth = next(words for words in said[12:] if words.endswith("z : 4"))
-    assert "Ukiyo e fits better; Cubism has 7.2% (test)" in fourth
+    assert "Ukiyo e fits better, the given class has 7.2% (test)" in fourth
     assert "another class likelier than the given one" in " ".join(counted.page.get_text().split())
     assert "For 6 of 12 paintings" in " ".join(counted.page.get_text().split())
 
@@ -584,7 +587,7 @@ def test_the_page_says_how_it_was_made(counted):
             "last, 12 were tested and 1 are missing") in words
     commands = counted.page.find("code").get_text("\n").splitlines()
     assert "3 of 3 epochs were trained, in 1 h 40 min, on cpu, torch.float32; epoch 2 is" in words
-    assert commands == ["python train_model.py --epochs 3 --attribute 'a style'",
+    assert commands == ['python train_model.py --epochs 3 --attribute "a style"',
                         "python test_model.py"]
     assert "torch 9.9" in texts([counted.page.find_all("dl")[-1]])[0]
 

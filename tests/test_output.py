@@ -1,6 +1,7 @@
 """What people see while the scripts run: lines, sheets and functions to call from Python."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def test_the_lines_of_a_run(finished, tmp_path, capsys):
     assert re.fullmatch(rf"trained 3 epochs in \d+ s; best: epoch {best}, validation accuracy "
                         rf"\d+\.\d\d %, {tmp_path}/model_best.pth", lines[-2])
     assert lines[-1] == (f"next: python test_model.py --data-dir {finished.folder}/wikiart "
-                         f"--small-dir {finished.folder}/small --output-dir {tmp_path}")
-    assert test_model.main([*lines[-1].split()[3:], "--workers", "0"]) == 0
+                         f"--small-dir {finished.folder}/small --output-dir {tmp_path} "
+                         "--batch-size 8 --workers 0")
+    assert test_model.main(shlex.split(lines[-1])[3:]) == 0
     line = capsys.readouterr().out.splitlines()[-4]
     assert line.startswith(f"page to look at: {tmp_path}/report.html; beside it, ")
     assert all((tmp_path / name).exists() for name in re.findall(r"\w+\.csv|\w+\.json", line))
@@ -70,12 +72,20 @@ def test_a_log_gets_a_line_a_minute(capsys):
 
 
 def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    """Slow as it may be, its rate is one; and what is printed begins at the left."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with tm.Progress("small copies", 9) as bar:
+    with tm.Progress("small copies", 10) as bar:
+        bar.start_t -= 100
+        bar.last_print_t -= 100
+        bar.update(9)
+        assert re.search(r"small copies:  90%\|.* 0\.09 paintings/s\]$", capsys.readouterr().err)
+        bar.say("a line")
+        captured = capsys.readouterr()
+        assert captured.out == "a line\n" and re.fullmatch(r"\r +\r", captured.err)
         bar.start_t -= 1
         bar.last_print_t -= 1
-        bar.update(9)
-    assert "small copies: 100%|" in capsys.readouterr().err
+        bar.update(1)
+    assert capsys.readouterr().err.endswith("\r")
 
 
 def test_the_sheet_shows_what_the_model_sees(finished):
@@ -104,7 +114,8 @@ def test_folders_that_are_renamed_are_named(finished, tmp_path, capsys):
     (tmp_path / "wikiart/Cubism").rename(tmp_path / "wikiart/Kubismus")
     assert tm.main([*finished.flags, *folders(tmp_path), "--epochs", "3"]) == 0
     out = capsys.readouterr().out
-    assert "folders gone: 1 (Cubism)" in out and "folders new: 1 (Kubismus)" in out
+    assert "folders of the run that are gone: 1 (Cubism)" in out
+    assert "folders without a painting of the run: 1 (Kubismus)" in out
     assert "classes without a train painting: 1 (Cubism)" in out
 
 

@@ -27,8 +27,9 @@ COMMANDS = [shlex.split(part, comments=True)
             for line in block.splitlines() for part in line.split("&&") if part.strip()]
 SCRIPTS = {"train_model": tm, "test_model": test_model}
 COMMANDS += [shlex.split(line) for line in re.findall(r"`(python [^`]+)`", README)]
-WRITTEN = {"bad_files.txt", "class_names.txt", "history.csv", "model_best.pth", "model_last.pth",
-           "predictions.csv", "outliers.csv", "report.html"}
+WRITTEN = {"bad_files.txt", "class_names.txt", "crops.jpg", "history.csv", "model_best.pth",
+           "model_last.pth", "predictions.csv", "outliers.csv", "twins.csv", "classes.csv",
+           "confusion.csv", "own_pictures.csv", "scores.json", "report.html"}
 
 
 @functools.cache
@@ -89,7 +90,7 @@ def test_every_command_of_the_readme_is_right(command, monkeypatch):
 
 def test_every_file_of_the_readme_exists_or_is_written(finished):
     artgan = {"wikiart.zip", "wikiart_csv.zip"}
-    named = set(re.findall(r"`([\w./-]+\.(?:py|txt|pth|csv|html|zip|md))`", README))
+    named = set(re.findall(r"`([\w./-]+\.(?:py|txt|pth|csv|html|zip|md|json|jpg))`", README))
     assert named >= WRITTEN
     for name in named - WRITTEN - artgan:
         assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
