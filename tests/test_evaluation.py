@@ -282,35 +282,72 @@ def test_doubt_is_as_defined():
         assert row["class_probability"] == 0.5
 
 
-def test_twins_are_listed(tmp_path, capsys):
-    """Of three files of one name, one is of the same class as another."""
+def test_a_cameras_names_are_no_witness():
+    """IMG_1.jpg, IMG_2.jpg and so on: who made over two thirds of all is no artist."""
+    labels = {f"A/IMG_{n}.jpg": n % 2 for n in range(30)} | {"A/x_1.jpg": 0, "A/x_2.jpg": 1}
+    testify = test_model.make_witness({"train": labels}, "style", ["a", "b"])
+    assert np.isnan(testify("A/IMG_1.jpg", 1)["score"])
+    assert testify("A/x_1.jpg", 0)["witness_class"] == "b"
+
+
+def test_twins_are_listed():
+    """Of three files of one name, one is of the same class as another; numbers are no twins."""
     split = {"train": {"A/x_1.jpg": 0, "B/x_1.jpg": 1, "A/y_1.jpg": 0}, "validation": {},
-             "test": {"C/x_1.jpg": 1, "B/y_2.jpg": 1}}
+             "test": {"C/x_1.jpg": 1, "B/y_2.jpg": 1} | {f"{n}/7.jpg": n % 2 for n in range(6)}}
     assert test_model.find_twins(split, ["a", "b"]) == [
         {"path": "A/x_1.jpg", "class": "a", "twin": "B/x_1.jpg", "twin_class": "b"},
         {"path": "A/x_1.jpg", "class": "a", "twin": "C/x_1.jpg", "twin_class": "b"}]
 
 
-def test_planted_labels_are_found_in_the_whole_collection(shared, tmp_path):
+SIMILAR = {"Impressionism": "Post_Impressionism", "Post_Impressionism": "Impressionism",
+           "High_Renaissance": "Northern_Renaissance", "Northern_Renaissance": "High_Renaissance",
+           "Cubism": "Synthetic_Cubism", "Synthetic_Cubism": "Cubism", "Fauvism": "Expressionism",
+           "Symbolism": "Art_Nouveau_Modern", "Art_Nouveau_Modern": "Symbolism",
+           "Rococo": "Romanticism", "Romanticism": "Realism", "Realism": "Romanticism"}
+
+
+@pytest.fixture(scope="module")
+def real_copies(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("real"))
+
+
+@pytest.mark.parametrize("similar,least", [(False, 0.85), (True, 0.72)])
+def test_planted_labels_are_found_in_the_whole_collection(shared, tmp_path, real_copies, similar,
+                                                          least):
     """5 % of the real subset's labels are wrong; a tiny network, 3 epochs, 64 pixels."""
     subset = shared / "artgan_subset"
     names, labels, test_list = tm.read_lists(subset / "wikiart_csv", "style")
     chance, used = np.random.default_rng(0), sorted(set(labels.values()))
     planted = set(chance.choice(sorted(labels), len(labels) // 20, replace=False).tolist())
-    flipped = {path: int(chance.choice([other for other in used if other != label]))
-               if path in planted else label for path, label in labels.items()}
+
+    def flip(label):
+        other = names.index(SIMILAR.get(names[label], "Symbolism"))
+        return other if similar else int(chance.choice([name for name in used if name != label]))
+
+    flipped = {path: flip(label) if path in planted else label for path, label in labels.items()}
     write_lists(tmp_path / "lists", "style", names,
                 [row for row in flipped.items() if row[0] not in test_list],
                 [row for row in flipped.items() if row[0] in test_list])
-    places = [*folders(tmp_path), "--data-dir", str(subset / "wikiart"), "--workers", "2"]
+    places = ["--data-dir", str(subset / "wikiart"), "--output-dir", str(tmp_path / "out"),
+              "--small-dir", real_copies, "--workers", "0", "--batch-size", "32"]
     flags = [*QUICK, *places, "--lists-dir", str(tmp_path / "lists"), "--epochs", "3"]
     assert tm.main(flags) == 0
-    del places[2:4]
     assert test_model.main([*places, "--outliers-per-class", "9999", "--views", "1"]) == 0
     rows = read(tmp_path / "out/outliers.csv")
     truth = [row["path"] in planted for row in rows]
     assert len(rows) == 1670 and sum(truth) == 83
-    assert sk.roc_auc_score(truth, [float(row["doubt"]) for row in rows]) >= 0.85
+    assert sk.roc_auc_score(truth, [float(row["doubt"]) for row in rows]) >= least
+
+
+def test_outliers_have_their_pictures_on_a_fresh_disk(finished, tested, tmp_path):
+    """Those of training too, whose small copies testing does not need."""
+    shutil.copy(tested[0] / "model_best.pth", tmp_path)
+    places = ["--data-dir", f"{finished.folder}/wikiart", "--small-dir", str(tmp_path / "small"),
+              "--output-dir", str(tmp_path), "--workers", "0"]
+    assert test_model.main(places) == 0
+    page = BeautifulSoup((tmp_path / "report.html").read_text(encoding="utf-8"), "html.parser")
+    shown = {image["alt"] for image in page.select("figure img")}
+    assert len(page.select("figure")) == len(page.select("figure img")) and len(shown) > 25
 
 
 class Page(HTMLParser):
@@ -717,9 +754,11 @@ def test_a_bad_picture_does_not_stop_the_others(finished, tested, tmp_path, caps
 
 
 def test_nothing_to_classify_is_an_error(tested, tmp_path, capsys):
+    (tested[0] / "own_pictures.csv").write_text("of an earlier command")
     assert test_model.main([*tested[1], str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert f"{tmp_path}: cannot be read: no regular file, or a folder without pictures" in error
     assert "error: 1 of 1 pictures could not be read" in error
+    assert (tested[0] / "own_pictures.csv").read_text() == "of an earlier command"
     assert test_model.main([*tested[1], ""]) == 1
     assert "error: the command names an empty path" in capsys.readouterr().err

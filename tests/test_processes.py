@@ -108,6 +108,9 @@ def test_two_processes_train_as_one(together, tmp_path, monkeypatch, capsys):
                     for path in (folder / "out", tmp_path))
     for name in ("split", "settings", "class_names", "split_source"):
         assert joint[name] == alone[name]
+    for part in ("train", "validation"):
+        torch.testing.assert_close(joint["margins"][part], alone["margins"][part], atol=2e-3,
+                                   rtol=0)
     for name in ("training_loss", "validation_loss"):
         assert joint["history"][0][name] == pytest.approx(alone["history"][0][name], rel=2e-3)
 
