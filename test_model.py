@@ -487,9 +487,10 @@ def gallery(outliers, class_names, small_dir):
 
     return f"""<p>For {apart:,} of {len(outliers):,} paintings of the run, training included, the
 model finds another class likelier than the given one. The witness is the artist in the file name
-(for artists, the style's folder): what the other paintings there are. Doubt joins both, as
-ranks. These paintings are worth a second look, no more: an early or a late work stands out too,
-rightly labelled. outliers.csv lists as many of each class as OUTLIERS_PER_CLASS says.</p>
+(for artists, the style's folder): what the other paintings there are. Doubt joins both, as ranks.
+The first {GALLERY} of each class, at most {PICTURES} in all, are here, and OUTLIERS_PER_CLASS in
+outliers.csv. They are worth a second look, no more: early and late works stand out too, rightly
+labelled.</p>
 <h3>Model and witness agree</h3><p>Both name the same other class, and less than 5% of 20 or more
 others are of the given one.</p>{hang(both, say_both, small_dir)}{"".join(parts)}"""
 

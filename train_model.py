@@ -332,7 +332,7 @@ def check_space(copies, left):
     """Return how much space the copies that are left will take, after these; refuse too much."""
     size = left * (sum(map(os.path.getsize, copies)) / len(copies) + 2048)  # in blocks of 4096
     free = shutil.disk_usage(copies[0].parent).free
-    words = f"the small copies still take about {size / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
+    words = f"the small copies still take {size / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free"
     if size > free:
         raise OSError(f"{words}: choose a SMALL_DIR on another disk, or a smaller IMAGE_SIZE")
     return words

@@ -143,7 +143,7 @@ def test_a_disk_too_small_for_the_copies_is_noticed_early(tmp_path, monkeypatch)
         jpeg(tmp_path / f"wikiart/A/{number}.jpg", (30, 20))
     usage = tm.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(tm.shutil, "disk_usage", lambda _: usage._replace(free=9_999))
-    with pytest.raises(OSError, match="0.0 GB are free: choose a SMALL_DIR on another disk"):
+    with pytest.raises(OSError, match="0 MB are free: choose a SMALL_DIR on another disk"):
         prepare(tmp_path)
     assert 70 <= len(copies(tmp_path)) < 300
     monkeypatch.undo()
