@@ -314,9 +314,10 @@ def real_copies(tmp_path_factory):
 @pytest.mark.parametrize("similar,least", [(False, 0.85), (True, 0.72)])
 def test_planted_labels_are_found_in_the_whole_collection(shared, tmp_path, real_copies, similar,
                                                           least):
-    """5 % of the real subset's labels are wrong; a tiny network, 3 epochs, 64 pixels."""
+    """5 % of the labels of 835 real paintings are wrong; a tiny network, 3 epochs, 64 pixels."""
     subset = shared / "artgan_subset"
     names, labels, test_list = tm.read_lists(subset / "wikiart_csv", "style")
+    labels = {path: labels[path] for path in sorted(labels)[::2]}
     chance, used = np.random.default_rng(0), sorted(set(labels.values()))
     planted = set(chance.choice(sorted(labels), len(labels) // 20, replace=False).tolist())
 
@@ -335,7 +336,7 @@ def test_planted_labels_are_found_in_the_whole_collection(shared, tmp_path, real
     assert test_model.main([*places, "--outliers-per-class", "9999", "--views", "1"]) == 0
     rows = read(tmp_path / "out/outliers.csv")
     truth = [row["path"] in planted for row in rows]
-    assert len(rows) == 1670 and sum(truth) == 83
+    assert len(rows) == 835 and sum(truth) == 41
     assert sk.roc_auc_score(truth, [float(row["doubt"]) for row in rows]) >= least
 
 

@@ -151,7 +151,7 @@ def test_an_error_of_the_first_process_ends_the_others_without_a_traceback(toget
     run = torchrun(tmp_path / "run.py", f"""
 def end_later(code, end=os._exit):  # else torchrun stops the other, perhaps before it says a word
     tm.distributed.destroy_process_group()
-    time.sleep(3)
+    time.sleep(6)
     end(code)
 
 if rank == "0":
