@@ -659,7 +659,8 @@ def write_results(run, labels, views, copies, settings):
         "outliers": find_outliers(run, labels, train_model.compare(logits, truth)),
         "twins": find_twins(run["split"], class_names),
         "epoch": best["epoch"], "validation_accuracy": best["validation_accuracy"],
-        "paintings": len(labels), "listed": len(run["split"]["test"]),
+        "right": int(scores["confusion"].trace()), "paintings": len(labels),
+        "listed": len(run["split"]["test"]),
     }
     shown = {row["path"] for rows in select_shown(results["outliers"]) for row in rows}
     small = {path for path in shown if (copies / train_model.small_name(path)).exists()}
@@ -670,7 +671,7 @@ def write_results(run, labels, views, copies, settings):
     print_scores(run, results)
     print(f"page to look at: {printable(folder / 'report.html')}; beside it, for programs: "
           "scores.json, predictions.csv, outliers.csv, twins.csv, classes.csv, confusion.csv")
-    right, count, listed = int(scores["confusion"].trace()), len(labels), len(run["split"]["test"])
+    right, count, listed = (results[name] for name in ("right", "paintings", "listed"))
     low, high = scores["interval"]
     print(f"{listed - count:,} of {listed:,} test paintings are missing or cannot be read")
     print(f"95 % interval of the test accuracy: {100 * low:.2f} to {100 * high:.2f} %")

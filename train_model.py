@@ -308,7 +308,7 @@ class Progress(tqdm):
         wait = 0.1 if self.on_terminal else 60  # seconds
         line = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_noinv_fmt}{postfix}]"
         super().__init__(desc=title, total=total, unit=" paintings", leave=False, miniters=1,
-                         mininterval=wait, delay=wait, disable=RANK > 0, bar_format=line)
+                         mininterval=wait, delay=max(wait, 1), disable=RANK > 0, bar_format=line)
 
     def display(self, msg=None, pos=None):
         """Show the bar, or print its line; an empty message clears it."""

@@ -311,10 +311,13 @@ def real_copies(tmp_path_factory):
     return str(tmp_path_factory.mktemp("real"))
 
 
-@pytest.mark.parametrize("similar,least", [(False, 0.85), (True, 0.72)])
+@pytest.mark.parametrize("similar,least", [(False, 0.8), (True, 0.72)])
 def test_planted_labels_are_found_in_the_whole_collection(shared, tmp_path, real_copies, similar,
                                                           least):
-    """5 % of the labels of 835 real paintings are wrong; a tiny network, 3 epochs, 64 pixels."""
+    """5 % of the labels of 835 real paintings are wrong; a tiny network, 3 epochs, 64 pixels.
+
+    Of the whole 1,670, where more is known of each artist, tests/README.md has more.
+    """
     subset = shared / "artgan_subset"
     names, labels, test_list = tm.read_lists(subset / "wikiart_csv", "style")
     labels = {path: labels[path] for path in sorted(labels)[::2]}
@@ -534,6 +537,7 @@ def test_what_is_printed_was_counted(counted):
 def test_the_tables_for_programs_were_counted(counted):
     scores = json.loads((counted.folder / "scores.json").read_text(encoding="utf-8"))
     assert scores["accuracy"] == 0.5 and scores["centre"] == pytest.approx(1 / 3)
+    assert [scores[name] for name in ("right", "paintings", "listed", "epoch")] == [6, 12, 13, 2]
     assert scores["interval"] == pytest.approx([0.2538, 0.7462], abs=1e-4)
     assert list(scores["guesses"].values()) == pytest.approx([0.5, 7 / 12])
     assert read(counted.folder / "classes.csv") == [
