@@ -40,8 +40,7 @@ VIEWS = 3  # squares of a painting whose logits are averaged: 1 is the centre, 3
 OUTLIERS_PER_CLASS = 20  # rows a class in outliers.csv, the most doubtful first
 
 VIEW_PLACES = {1: [0.5], 3: [0, 0.5, 1]}  # along the long side, from its start to its end
-SHARED = ("DATA_DIR", "SMALL_DIR", "OUTPUT_DIR", "BATCH_SIZE", "WORKERS")
-SETTINGS = {name: train_model.SETTINGS[name] for name in SHARED}
+SETTINGS = {name: train_model.SETTINGS[name] for name in train_model.SHARED}
 SETTINGS |= {"VIEWS": VIEWS, "OUTLIERS_PER_CLASS": OUTLIERS_PER_CLASS}
 
 # ------------------------------------------------------------------------------------------ scores
@@ -668,14 +667,7 @@ def write_results(run, labels, views, copies, settings):
         train_model.prepare_copies(lacking, settings.data_dir, copies)
     write_tables(folder, class_names, results, settings.outliers_per_class)
     write_report(folder / "report.html", run, results, copies)
-    print_scores(run, results)
-    print(f"page to look at: {printable(folder / 'report.html')}; beside it, for programs: "
-          "scores.json, predictions.csv, outliers.csv, twins.csv, classes.csv, confusion.csv")
-    right, count, listed = (results[name] for name in ("right", "paintings", "listed"))
-    low, high = scores["interval"]
-    print(f"{listed - count:,} of {listed:,} test paintings are missing or cannot be read")
-    print(f"95 % interval of the test accuracy: {100 * low:.2f} to {100 * high:.2f} %")
-    print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings)")
+    print_scores(run, results, folder)
 
 
 def write_tables(folder, class_names, results, most):
@@ -704,8 +696,8 @@ def write_tables(folder, class_names, results, most):
     train_model.write_table(folder / "confusion.csv", ["", *class_names], rows)
 
 
-def print_scores(run, results):
-    """Print the scores."""
+def print_scores(run, results, folder):
+    """Print the scores, where all of it lies, and last the accuracy."""
     scores = results["scores"]
     print(f"model of epoch {results['epoch']}, {run['settings']['ATTRIBUTE']}, "
           f"{len(run['class_names'])} classes; validation accuracy "
@@ -719,6 +711,13 @@ def print_scores(run, results):
     agreed, pairs = sum(map(agree, results["outliers"])), len(results["twins"])
     print(f"model and witness agree on another class for {agreed:,} of "
           f"{len(results['outliers']):,} paintings; {pairs:,} pairs have one name in two classes")
+    print(f"page to look at: {printable(folder / 'report.html')}; beside it, for programs: "
+          "scores.json, predictions.csv, outliers.csv, twins.csv, classes.csv, confusion.csv")
+    right, count, listed = (results[name] for name in ("right", "paintings", "listed"))
+    low, high = scores["interval"]
+    print(f"{listed - count:,} of {listed:,} test paintings are missing or cannot be read")
+    print(f"95 % interval of the test accuracy: {100 * low:.2f} to {100 * high:.2f} %")
+    print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings)")
 
 
 def predict_views(run, model, labels, folder, settings):

@@ -84,6 +84,7 @@ SETTINGS = {name: value for name, value in list(globals().items()) if name.isupp
 # ------------------------------------------------------------------------------------------- facts
 
 PARTS = ("train", "validation", "test")
+SHARED = ("DATA_DIR", "SMALL_DIR", "OUTPUT_DIR", "BATCH_SIZE", "WORKERS")  # with test_model.py
 ARTGAN = "https://github.com/cs-chan/ArtGAN, folder 'WikiArt Dataset'"
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start Ghostscript
@@ -354,7 +355,6 @@ def prepare_copies(found, data_dir, folder):
             stamp = b"original: %d bytes, %d ns" % (status.st_size, status.st_mtime_ns)
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("no regular file")
-
             with contextlib.suppress(FileNotFoundError), open(copy, "rb") as file:
                 if stamp in file.read(100):
                     return
@@ -1244,8 +1244,7 @@ def print_end(history, settings):
     print(f"trained {len(history)} epoch{'s' * (len(history) > 1)} in {duration(seconds)}; best: "
           f"epoch {best['epoch']}, validation accuracy {100 * best['validation_accuracy']:.2f} %, "
           f"{printable(settings.output_dir / 'model_best.pth')}")
-    shared = ("DATA_DIR", "SMALL_DIR", "OUTPUT_DIR", "BATCH_SIZE", "WORKERS")
-    flags = flags_of({name: getattr(settings, name.lower()) for name in shared})
+    flags = flags_of({name: getattr(settings, name.lower()) for name in SHARED})
     print(f"next: python test_model.py{printable(flags)}")
 
 
