@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import train_model
 from train_model import printable
@@ -225,10 +225,39 @@ def find_twins(split, class_names):
             for (path, name), (twin, other) in sorted(pairs) if name != other]
 
 
+@torch.inference_mode()
+def find_reason(pixels, label, model):
+    """Return where in a square (S, S, 3) uint8 stands what speaks most for a label: (x, y) in 0..1.
+
+    Of 6 x 6 patches it is the middle of the one without which the label's probability is lowest
+    (occlusion: Zeiler & Fergus 2014, arXiv 1311.2901).
+    """
+    size, middles = len(pixels), (torch.arange(6) + 0.5) / 6
+    near = ((torch.arange(size) + 0.5) / size - middles[:, None]).abs() < PATCH / 2  # (6, S)
+    hidden = (near[:, None, :, None] & near[:, None]).view(36, 1, size, size)
+    image = train_model.to_images(pixels[None], model.features.mean.device)
+    patched = torch.where(hidden.to(image.device), model.features.mean, image)  # (36, 3, S, S)
+    place = model(patched).log_softmax(1)[:, label].argmin().item()
+    return middles[place % 6].item(), middles[place // 6].item()
+
+
+def note_reasons(rows, run, model, small_dir):
+    """Add the `reason` for the class that fits better to the outliers that have one and a copy."""
+    doubted = [row for row in rows if row["margin"] > 0
+               and (small_dir / train_model.small_name(row["path"])).exists()]
+    labels = {row["path"]: run["class_names"].index(row["fits_better"]) for row in doubted}
+    squares = train_model.Paintings(small_dir, labels, run["settings"]["IMAGE_SIZE"])
+    with train_model.Progress("what speaks for another class", len(doubted)) as bar:
+        for place, row in enumerate(doubted):
+            row["reason"] = find_reason(*squares[place, 0], model)
+            bar.update()
+
+
 # ------------------------------------------------------------------------------------------ report
 
 GALLERY, PICTURES = 6, 300  # outliers that report.html shows of a class, and of all at most
 MATRIX = 40  # classes that its confusion matrix shows at most
+PATCH = 0.3  # width of what `find_reason` hides, and the gallery frames, as a share of the square
 CSS = """:root { color-scheme: light dark; print-color-adjust: exact; --heat: 116 163 210;
   --paper: #fff; --ink: #1d1c1a; --soft: #625e58; --line: #dfdcd6; --accent: #1f4e79 }
 @media screen and (prefers-color-scheme: dark) { :root { --heat: 42 98 152;
@@ -445,6 +474,8 @@ def hang(rows, say, small_dir):
         with contextlib.suppress(OSError):
             with Image.open(small_dir / train_model.small_name(path)) as copy:
                 copy.thumbnail((200, 200))
+                if "reason" in row:
+                    frame(copy, *row["reason"])
                 copy.save(jpeg, "JPEG", quality=60, comment=b"")
             image = (f'<img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}" '
                      f'alt="{html.escape(printable(path))}">')
@@ -452,6 +483,16 @@ def hang(rows, say, small_dir):
         named = f"{escaped(artist)}: {escaped(title, 'i')}" if title else escaped(artist)
         figures.append(f"<figure>{image}<figcaption>{say(row)}<br>{named}</figcaption></figure>")
     return f'<div class="hang">{"".join(figures)}</div>' if figures else "<p>None.</p>"
+
+
+def frame(image, x, y):
+    """Frame the patch of `find_reason` with the middle (x, y) in 0..1 of the central square."""
+    side = min(image.size) * (1 - 2 * train_model.MARGIN)
+    left, top = image.width / 2 + (x - 0.5) * side, image.height / 2 + (y - 0.5) * side
+    box = (left - PATCH / 2 * side, top - PATCH / 2 * side,
+           left + PATCH / 2 * side, top + PATCH / 2 * side)
+    for colour, width in (("black", 4), ("white", 2)):
+        ImageDraw.Draw(image).rectangle(box, outline=colour, width=width)
 
 
 def say_doubt(row):
@@ -489,7 +530,8 @@ model finds another class likelier than the given one. The witness is the artist
 (for artists, the style's folder): what the other paintings there are. Doubt joins both, as ranks.
 The first {GALLERY} of each class, at most {PICTURES} in all, are here, and OUTLIERS_PER_CLASS in
 outliers.csv. They are worth a second look, no more: early and late works stand out too, rightly
-labelled.</p>
+labelled. Framed is what speaks most for the class that fits better: hidden, it makes that class
+least likely.</p>
 <h3>Model and witness agree</h3><p>Both name the same other class, and less than 5% of 20 or more
 others are of the given one.</p>{hang(both, say_both, small_dir)}{"".join(parts)}"""
 
@@ -636,7 +678,7 @@ def prepare_test(run, folder, settings):
     return {path: label for path, label in run["split"]["test"].items() if path in tested}
 
 
-def write_results(run, labels, views, copies, settings):
+def write_results(run, model, labels, views, copies, settings):
     """Write the tables and report.html, and print the scores.
 
     labels: {path: label} of the tested paintings; views: their logits (views, N, C); copies: the
@@ -661,10 +703,12 @@ def write_results(run, labels, views, copies, settings):
         "right": int(scores["confusion"].trace()), "paintings": len(labels),
         "listed": len(run["split"]["test"]),
     }
-    shown = {row["path"] for rows in select_shown(results["outliers"]) for row in rows}
-    small = {path for path in shown if (copies / train_model.small_name(path)).exists()}
-    if lacking := sorted(path for path in shown - small if (settings.data_dir / path).exists()):
+    shown = {row["path"]: row for rows in select_shown(results["outliers"]) for row in rows}
+    lacking = [path for path in sorted(shown) if (settings.data_dir / path).exists()
+               and not (copies / train_model.small_name(path)).exists()]
+    if lacking:
         train_model.prepare_copies(lacking, settings.data_dir, copies)
+    note_reasons(shown.values(), run, model, copies)
     write_tables(folder, class_names, results, settings.outliers_per_class)
     write_report(folder / "report.html", run, results, copies)
     print_scores(run, results, folder)
@@ -740,7 +784,7 @@ def predict_and_score(settings):
     folder = train_model.copies_folder(settings.small_dir, run["settings"]["IMAGE_SIZE"])
     labels = train_model.from_first(prepare_test, run, folder, settings)
     views = predict_views(run, model, labels, folder, settings)
-    train_model.from_first(write_results, run, labels, views, folder, settings)
+    train_model.from_first(write_results, run, model, labels, views, folder, settings)
 
 
 def main(argv=None):

@@ -737,14 +737,15 @@ class Paintings(Dataset):
 def write_crops(path, paintings, class_names):
     """Draw 32 paintings as the model sees them in its first epoch, each over its class name."""
     size = paintings.image_size
+    wide = max(size, 144)  # has room for a name under a small crop
     order = np.random.default_rng((paintings.seed, 1)).permutation(len(paintings))[:32]
-    sheet = Image.new("RGB", (8 * size, math.ceil(len(order) / 8) * (size + 20)), "white")
+    sheet = Image.new("RGB", (8 * wide, math.ceil(len(order) / 8) * (size + 20)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, index in enumerate(order):
-        left, top = place % 8 * size, place // 8 * (size + 20)
+        left, top = place % 8 * wide, place // 8 * (size + 20)
         pixels, label = paintings[index, 1]
         sheet.paste(Image.fromarray(pixels.numpy()), (left, top))
-        draw.text((left + 2, top + size + 2), printable(class_names[label])[: size // 7], "black")
+        draw.text((left + 2, top + size + 2), printable(class_names[label])[: wide * 2 // 11], "black")
     sheet.save(jpeg := io.BytesIO(), "JPEG", quality=90)
     write_whole(path, jpeg.getvalue())
 
@@ -999,6 +1000,7 @@ def train(run, model, split, settings):
         from_first(save_epoch, run, model, optimizer, scaler, settings.output_dir)
         print(f"{f'{epoch}/{epochs}':>8} {loss:14.3f} {validation_loss:16.3f} {accuracy:9.2%}"
               f"{'*' if best_epoch(history) == epoch else ' '} {speed:11,.1f}  "
+              f"{'over ' * (epoch <= frozen_epochs)}"
               f"{duration(history[-1]['seconds'] * (epochs - epoch))}")
 
 

@@ -93,13 +93,13 @@ def test_the_sheet_shows_what_the_model_sees(finished):
     run = tm.load_checkpoint(finished.out / "model_best.pth")
     paintings = tm.Paintings(small_folder(finished.folder), run["split"]["train"], 64, seed=0)
     sheet = np.asarray(Image.open(finished.out / "crops.jpg").convert("RGB")).astype(float)
-    assert sheet.shape == (4 * 84, 8 * 64, 3)
+    assert sheet.shape == (4 * 84, 8 * 144, 3)
     for place, index in enumerate(np.random.default_rng((0, 1)).permutation(30)):
-        top, left = place // 8 * 84, place % 8 * 64
+        top, left = place // 8 * 84, place % 8 * 144
         crop = paintings[index, 1][0].numpy()
         assert np.abs(sheet[top : top + 64, left : left + 64] - crop).mean() < 12, place
         assert sheet[top + 64 : top + 84, left : left + 64].min() < 100  # something is written
-    assert sheet[-84:, 6 * 64 :].min() > 200  # no 31st and 32nd
+    assert sheet[-84:, 6 * 144 :].min() > 200  # no 31st and 32nd
 
 
 def test_the_sheet_is_there_before_a_long_run(finished, tmp_path):

@@ -254,20 +254,21 @@ def test_pictures_are_upright(tmp_path, orientation):
 
 
 def test_huge_pictures_need_little_memory(tmp_path):
-    """A long scroll and a 300-megapixel JPEG are used, in 200 MB at most."""
+    """A long scroll and a 300-megapixel JPEG are used, in 200 MB at most, at every size."""
     sizes = [(15_000, 1_100), (20_000, 15_000)]
     for number, size in enumerate(sizes):
         Image.new("L", size, 90).save(tmp_path / f"{number}.jpg")
     code = ("import train_model as tm\n"
             "rss = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
             "before = rss()\n"
-            "for number in range(2):\n"
-            f"    image = tm.decode({str(tmp_path)!r} + f'/{{number}}.jpg', 320)\n"
-            "    print(image.width, image.height, (rss() - before) // 1024)")
+            "for side in (320, 732):\n"
+            "    for number in range(2):\n"
+            f"        image = tm.decode({str(tmp_path)!r} + f'/{{number}}.jpg', side)\n"
+            "        print(side, image.width, image.height, (rss() - before) // 1024)")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    for size, line in zip(sizes, run.stdout.splitlines(), strict=True):
-        width, height, megabytes = map(int, line.split())
-        assert height == 320 and width == round(320 * size[0] / size[1])
+    for size, line in zip(2 * sizes, run.stdout.splitlines(), strict=True):
+        side, width, height, megabytes = map(int, line.split())
+        assert height == side and width == round(side * size[0] / size[1])
         assert megabytes <= 200
 
 
