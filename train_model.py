@@ -745,7 +745,8 @@ def write_crops(path, paintings, class_names):
         left, top = place % 8 * wide, place // 8 * (size + 20)
         pixels, label = paintings[index, 1]
         sheet.paste(Image.fromarray(pixels.numpy()), (left, top))
-        draw.text((left + 2, top + size + 2), printable(class_names[label])[: wide * 2 // 11], "black")
+        name = printable(class_names[label])[: wide * 2 // 11]
+        draw.text((left + 2, top + size + 2), name, "black")
     sheet.save(jpeg := io.BytesIO(), "JPEG", quality=90)
     write_whole(path, jpeg.getvalue())
 
