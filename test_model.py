@@ -242,14 +242,14 @@ def find_reason(pixels, label, model):
 
 
 def note_reasons(rows, run, model, small_dir):
-    """Add the `reason` for the class that fits better to the outliers that have one and a copy."""
-    doubted = [row for row in rows if row["margin"] > 0
-               and (small_dir / train_model.small_name(row["path"])).exists()]
+    """Add to the outliers that another class fits better their `reason`, where a copy is here."""
+    doubted = [row for row in rows if row["margin"] > 0]
     labels = {row["path"]: run["class_names"].index(row["fits_better"]) for row in doubted}
     squares = train_model.Paintings(small_dir, labels, run["settings"]["IMAGE_SIZE"])
     with train_model.Progress("what speaks for another class", len(doubted)) as bar:
         for place, row in enumerate(doubted):
-            row["reason"] = find_reason(*squares[place, 0], model)
+            with contextlib.suppress(OSError):  # then the page has no picture of it either
+                row["reason"] = find_reason(*squares[place, 0], model)
             bar.update()
 
 

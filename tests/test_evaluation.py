@@ -348,6 +348,13 @@ def test_outliers_have_their_pictures_on_a_fresh_disk(finished, tested, tmp_path
     page = BeautifulSoup((tmp_path / "report.html").read_text(encoding="utf-8"), "html.parser")
     shown = {image["alt"] for image in page.select("figure img")}
     assert len(page.select("figure")) == len(page.select("figure img")) and len(shown) > 25
+    run = tm.load_checkpoint(tmp_path / "model_best.pth")
+    for path in run["split"]["train"]:
+        if (copy := tmp_path / "small/92" / path).exists():
+            copy.write_bytes(copy.read_bytes()[:200])  # damaged after it was made
+    assert test_model.main(places) == 0
+    page = BeautifulSoup((tmp_path / "report.html").read_text(encoding="utf-8"), "html.parser")
+    assert 0 < len(page.select("figure img")) < len(page.select("figure"))
 
 
 def test_the_reason_is_the_motif_that_decides():
