@@ -95,7 +95,8 @@ def yardsticks(labels, split, attribute):
     """Return the accuracy of guesses on {path: label} that look at no picture, {name: share}.
 
     One always names the commonest class of the test; the other goes by the artist in the file name,
-    to his commonest class outside the test, or to the commonest of all. Artists it would just tell.
+    to his commonest class outside the test, or to the commonest of all. Where artists are the
+    classes, that would be the answer.
     """
     counts = defaultdict(Counter)
     for part in ("train", "validation"):
@@ -232,12 +233,13 @@ def find_reason(pixels, label, model):
     Of 6 x 6 patches it is the middle of the one without which the label's probability is lowest
     (occlusion: Zeiler & Fergus 2014, arXiv 1311.2901).
     """
-    size, middles = len(pixels), (torch.arange(6) + 0.5) / 6
+    size, middles = len(pixels), torch.linspace(PATCH / 2, 1 - PATCH / 2, 6)
     near = ((torch.arange(size) + 0.5) / size - middles[:, None]).abs() < PATCH / 2  # (6, S)
     hidden = (near[:, None, :, None] & near[:, None]).view(36, 1, size, size)
     image = train_model.to_images(pixels[None], model.features.mean.device)
     patched = torch.where(hidden.to(image.device), model.features.mean, image)  # (36, 3, S, S)
-    place = model(patched).log_softmax(1)[:, label].argmin().item()
+    logits = torch.cat([model(batch) for batch in patched.split(12)])
+    place = logits.log_softmax(1)[:, label].argmin().item()
     return middles[place % 6].item(), middles[place // 6].item()
 
 
@@ -401,9 +403,9 @@ def learning_curve(history):
     losses = {name: [row[f"{name}_loss"] for row in history] for name in ("validation", "training")}
     accuracy = {"validation": [100 * row["validation_accuracy"] for row in history]}
     return f"""<figure><div class="wide">{draw("Loss", "", losses, best)}
-{draw("Accuracy", "%", accuracy, best)}</div><figcaption>Solid: on the validation’s
-paintings, which choose the best epoch. Dashed: on those that the model learns from. Epoch {best} is
-tested here.</figcaption></figure>"""
+{draw("Accuracy", "%", accuracy, best)}</div><figcaption>Solid: on the validation
+paintings, by which the best epoch is chosen. Dashed: on those that the model learns from. Epoch
+{best} is tested here.</figcaption></figure>"""
 
 
 def draw(title, unit, lines, best):
@@ -525,13 +527,14 @@ def gallery(outliers, class_names, small_dir):
     def say_both(row):
         return f"given: {escaped(row['class'])}<br>{say_doubt(row)}"
 
-    return f"""<p>For {apart:,} of {len(outliers):,} paintings of the run, training included, the
-model finds another class likelier than the given one. The witness is the artist in the file name
-(for artists, the style's folder): what the other paintings there are. Doubt joins both, as ranks.
-The first {GALLERY} of each class, at most {PICTURES} in all, are here, and OUTLIERS_PER_CLASS in
-outliers.csv. They are worth a second look, no more: early and late works stand out too, rightly
-labelled. Framed is what speaks most for the class that fits better: hidden, it makes that class
-least likely.</p>
+    return f"""<p>For {apart:,} of {len(outliers):,} paintings of the run, the model finds another
+class likelier than the given one, or found it, where it has learned from them, in the early epochs.
+The witness is the artist in the file name (for artists, the style's folder): what the other
+paintings there are. Doubt joins both, as ranks. The first {GALLERY} of each class, at most
+{PICTURES} in all, are here, and more in outliers.csv. They are worth a second look, no more: early
+and late works stand out too, rightly labelled. Framed, in the central square, is what speaks most
+for the class that fits better, to the model as it is now: hidden, it makes that class least
+likely.</p>
 <h3>Model and witness agree</h3><p>Both name the same other class, and less than 5% of 20 or more
 others are of the given one.</p>{hang(both, say_both, small_dir)}{"".join(parts)}"""
 
@@ -708,8 +711,8 @@ def write_results(run, model, labels, views, copies, settings):
                and not (copies / train_model.small_name(path)).exists()]
     if lacking:
         train_model.prepare_copies(lacking, settings.data_dir, copies)
-    note_reasons(shown.values(), run, model, copies)
     write_tables(folder, class_names, results, settings.outliers_per_class)
+    note_reasons(shown.values(), run, model, copies)
     write_report(folder / "report.html", run, results, copies)
     print_scores(run, results, folder)
 

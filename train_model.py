@@ -745,7 +745,9 @@ def write_crops(path, paintings, class_names):
         left, top = place % 8 * wide, place // 8 * (size + 20)
         pixels, label = paintings[index, 1]
         sheet.paste(Image.fromarray(pixels.numpy()), (left, top))
-        name = printable(class_names[label])[: wide * 2 // 11]
+        name = printable(class_names[label])
+        while draw.textlength(name) > wide - 4:
+            name = name[:-1]
         draw.text((left + 2, top + size + 2), name, "black")
     sheet.save(jpeg := io.BytesIO(), "JPEG", quality=90)
     write_whole(path, jpeg.getvalue())
@@ -816,7 +818,7 @@ def move_to_fastest(model):
             mallopt(m_trim_threshold, 2**31 - 1)
         if shutil.which("nvidia-smi"):
             print(f"an NVIDIA GPU seems to be here, but torch {torch.__version__} or the driver "
-                  "cannot use it, and the CPU is slow: see README.md, Windows and GPUs")
+                  "cannot use it, and the CPU is slow: see README.md, GPUs and Windows")
         instructions = torch.cpu.get_capabilities()
         if any(instructions.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
             model.precision = torch.bfloat16
@@ -938,7 +940,7 @@ def note_margins(run, split, part, compared, fresh):
     `fresh` begins with this one.
     """
     usable = torch.tensor([path in split[part] for path in run["split"][part]])
-    if fresh or part not in run["margins"]:
+    if fresh:
         run["margins"][part] = torch.zeros(len(usable), 4)
     sums = run["margins"][part]
     sums[usable, 2] = 0
@@ -1001,7 +1003,7 @@ def train(run, model, split, settings):
         from_first(save_epoch, run, model, optimizer, scaler, settings.output_dir)
         print(f"{f'{epoch}/{epochs}':>8} {loss:14.3f} {validation_loss:16.3f} {accuracy:9.2%}"
               f"{'*' if best_epoch(history) == epoch else ' '} {speed:11,.1f}  "
-              f"{'over ' * (epoch <= frozen_epochs)}"
+              f"{'over ' * (epoch <= frozen_epochs < epochs)}"
               f"{duration(history[-1]['seconds'] * (epochs - epoch))}")
 
 
@@ -1131,7 +1133,7 @@ def explain(error, batch_size):
          f"try a smaller BATCH_SIZE, such as --batch-size {max(1, batch_size // 2)}"),
         ("invalid device ordinal", "torchrun started more processes than there are GPUs: lower "
          "--nproc-per-node"),
-        ("no kernel image", "this torch is too new for the GPU: see README.md, Windows and GPUs"),
+        ("no kernel image", "this torch is too new for the GPU: see README.md, Old GPUs"),
         ("shared memory|No space left|DataLoader worker|Too many open files",
          "give Docker --shm-size=2g, or use fewer loaders, such as --workers 0"),
         ("(?i)gloo|nccl", "another process stopped; its own message says why"),
@@ -1156,7 +1158,7 @@ def run_script(work, settings):
         return 0
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would disturb the end
-        code, line = 130, "stopped: the same command goes on after the last epoch that ended"
+        code, line = 130, "stopped; the same command resumes a training after its last whole epoch"
     except Exception as error:
         reason = explain(error, settings.batch_size)
         code, line = 1, f"error: {printable(reason)}" if reason else traceback.format_exc()

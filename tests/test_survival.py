@@ -26,7 +26,7 @@ from tests.paintings import paint_artgan, write_lists
 from tests.test_checkpoints import check_same_runs
 
 SMALL = "small/92"  # where the small copies for 64 pixels are
-STOPPED = "stopped: the same command goes on after the last epoch that ended"
+STOPPED = "stopped; the same command resumes a training after its last whole epoch"
 FORKS = multiprocessing.get_context("forkserver")  # imports torch once, for all runs it starts
 FORKS.set_forkserver_preload(["tests.test_survival"])
 
