@@ -986,7 +986,7 @@ def train(run, model, split, settings):
         rates = [rate_at(epoch - 1 + (step + 0.5) / len(loader), epochs, frozen_epochs,
                          settings.warmup_epochs) for step in range(len(loader))]
         model.start_training(frozen=epoch <= frozen_epochs, fixed_norms=fixed_norms)
-        joint = DistributedDataParallel(model, broadcast_buffers=False) if WORLD_SIZE > 1 else model
+        joint = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
         loss, compared = train_epoch(joint, loader, optimizer, scaler, rates, title)
         speed = len(split["train"]) / (time.perf_counter() - begun)
         logits = evaluate(model, validation_loader, f"{title} validation")
@@ -1086,8 +1086,8 @@ def make_parser(description, settings, *scripts):
 
 def check_settings(settings):
     """Refuse settings that are of no use; make the folders absolute paths, None without lists."""
-    least = {"epochs": 0, "batch_size": 1, "image_size": 64, "min_paintings": 1, "workers": -1,
-             "frozen_epochs": 0, "seed": 0, "views": 1, "outliers_per_class": 1, "dropout": 0.0,
+    least = {"epochs": 0, "batch_size": WORLD_SIZE, "image_size": 64, "min_paintings": 1, "seed": 0,
+             "workers": -1, "frozen_epochs": 0, "views": 1, "outliers_per_class": 1, "dropout": 0.0,
              "learning_rate": 1e-9, "backbone_rate": 0.0, "warmup_epochs": 0.0, "weight_decay": 0.0}
     most = {"image_size": 512, "dropout": 0.99}
     choices = {"group_by": ("painting", "artist"), "batch_norms": ("fixed", "trained"),

@@ -187,9 +187,9 @@ def test_too_little_memory_is_one_line(finished, tmp_path, capsys, real_network)
 
 PLANTED = {  # what goes wrong in the second of two processes
     "loader": "tm.Paintings.__getitem__ = lambda *_: 1 / 0",
-    "loss": "tm.nn.functional.cross_entropy = lambda *_: 1 / 0",
+    "loss": "tm.nn.functional.cross_entropy = lambda *_, **__: 1 / 0",
     "save": "tm.save_epoch = lambda *_: 1 / 0",
-    "stop": "tm.nn.functional.cross_entropy = lambda *_: os.kill(os.getpid(), 2)",
+    "stop": "tm.nn.functional.cross_entropy = lambda *_, **__: os.kill(os.getpid(), 2)",
 }
 
 
@@ -208,4 +208,4 @@ def test_a_failure_of_one_process_ends_all_within_a_minute(finished, tmp_path, k
          str(tmp_path / "run.py"), *folders(tmp_path), *QUICK, "--epochs", "3"],
         cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode != 0 and time.monotonic() - begun < 60
-    assert ("stopped: " if kind == "stop" else "ZeroDivisionError") in run.stderr
+    assert ("stopped; " if kind == "stop" else "ZeroDivisionError") in run.stderr
