@@ -490,9 +490,9 @@ def hang(rows, say, small_dir):
 def frame(image, x, y):
     """Frame the patch of `find_reason` with the middle (x, y) in 0..1 of the central square."""
     side = min(image.size) * (1 - 2 * train_model.MARGIN)
-    left, top = image.width / 2 + (x - 0.5) * side, image.height / 2 + (y - 0.5) * side
-    box = (left - PATCH / 2 * side, top - PATCH / 2 * side,
-           left + PATCH / 2 * side, top + PATCH / 2 * side)
+    left = image.width / 2 + (x - 0.5 - PATCH / 2) * side
+    top = image.height / 2 + (y - 0.5 - PATCH / 2) * side
+    box = left, top, left + PATCH * side, top + PATCH * side
     for colour, width in (("black", 4), ("white", 2)):
         ImageDraw.Draw(image).rectangle(box, outline=colour, width=width)
 

@@ -308,13 +308,9 @@ SIMILAR = {"Impressionism": "Post_Impressionism", "Post_Impressionism": "Impress
 
 
 def test_planted_labels_are_found_in_the_whole_collection(shared, tmp_path):
-    """Twice 5 % of the labels of 835 real paintings are wrong; a tiny network, 3 epochs, 64 pixels.
-
-    Of the whole 1,670, where more is known of each artist, tests/README.md has more.
-    """
+    """Twice 5 % of the real subset's labels are wrong; a tiny network, 3 epochs, 64 pixels."""
     subset = shared / "artgan_subset"
     names, labels, test_list = tm.read_lists(subset / "wikiart_csv", "style")
-    labels = {path: labels[path] for path in sorted(labels)[::2]}
     chance, used = np.random.default_rng(0), sorted(set(labels.values()))
     planted = chance.choice(sorted(labels), (2, len(labels) // 20), replace=False).tolist()
     flipped = labels.copy()
@@ -331,9 +327,9 @@ def test_planted_labels_are_found_in_the_whole_collection(shared, tmp_path):
     assert tm.main(flags) == 0
     assert test_model.main([*places, "--outliers-per-class", "9999", "--views", "1"]) == 0
     doubt = {row["path"]: float(row["doubt"]) for row in read(tmp_path / "out/outliers.csv")}
-    assert doubt.keys() == labels.keys()
+    assert doubt.keys() == labels.keys() and len(labels) == 1670
     right = labels.keys() - {path for paths in planted for path in paths}
-    for paths, least in zip(planted, (0.8, 0.72)):
+    for paths, least in zip(planted, (0.85, 0.72)):
         truth = [*[True] * len(paths), *[False] * len(right)]
         found = sk.roc_auc_score(truth, [doubt[path] for path in (*paths, *right)])
         assert found >= least, found

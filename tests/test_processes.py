@@ -174,6 +174,13 @@ sys.exit(tm.main({[*finished.flags, "--output-dir", str(tmp_path / "out"), "--ep
     assert (tmp_path / "out/model_last.pth").read_bytes() == before
 
 
+def test_fewer_paintings_a_batch_than_processes_are_refused_early(monkeypatch):
+    monkeypatch.setattr(tm, "WORLD_SIZE", 4)
+    parser = tm.make_parser(tm.__doc__, tm.SETTINGS, tm.__file__)
+    with pytest.raises(ValueError, match="BATCH_SIZE must be a whole number from 4 to"):
+        tm.check_settings(parser.parse_args(["--batch-size", "3"]))
+
+
 def test_more_processes_than_gpus_is_an_error(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -415,7 +415,8 @@ def test_a_pass_trains_as_a_plain_loop_does():
         torch.testing.assert_close(trained[name], value, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("frozen,epochs,counted", [(0, 8, [1, 2]), (1, 5, [2]), (1, 1, [1])])
+@pytest.mark.parametrize("frozen,epochs,counted", [(0, 2, [1]), (0, 8, [1, 2]), (1, 5, [2]),
+                                                   (1, 8, [2]), (1, 1, [1])])
 def test_margins_are_those_of_the_early_epochs(finished, tmp_path, monkeypatch, frozen, epochs,
                                                counted):
     """The sums over the first quarter, after the frozen epoch; of validation, the best epoch's."""
