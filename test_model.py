@@ -82,8 +82,13 @@ def prepare_test(run, settings):
 
     The run's paths become those on this disk.
     """
+    with contextlib.suppress(OSError, InputError):  # the later epochs, if available
+        last = train_model.load_checkpoint(settings.output_dir / "model_last.pth")
+        if last["history"][: len(run["history"])] == run["history"]:
+            run |= {name: last[name] for name in ("history", "settings", "margins")}
     found = train_model.find_paintings(settings.data_dir)
-    run["split"] = train_model.match_paths(run["split"], found)
+    matched = train_model.match_paths(run["split"] | {"margins": run["margins"]}, found)
+    run |= {"margins": matched.pop("margins"), "split": matched}
     test = run["split"]["test"]
     copies, _ = train_model.resize_paintings(
         sorted(set(found).intersection(test)), settings.data_dir, settings.cache_dir,
@@ -109,12 +114,8 @@ def write_results(run, labels, views, copies, settings):
 
     labels: {path: label} of the tested paintings; views: their logits (views, N, C).
     """
-    folder, class_names, best = settings.output_dir, run["class_names"], run["history"][-1]
-    with contextlib.suppress(OSError, InputError):  # the epochs after the best, if they are here
-        last = train_model.load_checkpoint(folder / "model_last.pth")
-        if last["history"][: best["epoch"]] == run["history"]:
-            run |= {"history": last["history"], "settings": last["settings"],
-                    "margins": last["margins"] | run["margins"]}
+    folder, class_names = settings.output_dir, run["class_names"]
+    best = run["history"][train_model.best_epoch(run["history"]) - 1]
     logits, truth = views.mean(0), torch.tensor(list(labels.values()))
     margins = dict(run["margins"])
     train_model.update_margins(margins, labels, train_model.label_margins(logits, truth), True)
@@ -127,12 +128,12 @@ def write_results(run, labels, views, copies, settings):
         "predictions": predict(labels, logits, class_names),
         "outliers": find_outliers(run, labels, margins),
         "twins": find_twins(run["split"], class_names)}
+    results["beats_guessing"] = results["interval"][0] > next(iter(results["baselines"].values()))
     write_tables(folder, class_names, results)
     shown = {row["path"] for row in itertools.chain(*select_outliers(results["outliers"]))}
-    lacking = sorted(path for path in shown - copies.keys() if (settings.data_dir / path).exists())
-    if lacking:
-        copies |= train_model.resize_paintings(
-            lacking, settings.data_dir, settings.cache_dir, settings.image_size)[0]
+    with contextlib.suppress(OSError):  # then some have no picture
+        copies |= train_model.resize_paintings(sorted(shown - copies.keys()), settings.data_dir,
+                                               settings.cache_dir, settings.image_size)[0]
     write_extra(folder / "report.html", make_page(run, results, copies))
     print_results(run, results, folder)
 
@@ -157,14 +158,9 @@ def print_results(run, results, folder):
         print(f"{listed - count:,} of {listed:,} test paintings are missing or cannot be read")
     print(f"the page, with tables beside it:\n{printable(folder / 'report.html')}")
     low, high = results["interval"]
-    guess = "" if better_than_guessing(results) else " - no better than guessing"
+    guess = "" if results["beats_guessing"] else " - no better than guessing"
     print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings; 95 % "
           f"interval {100 * low:.1f} to {100 * high:.1f} %){guess}")
-
-
-def better_than_guessing(results):
-    """Return whether the accuracy is surely above that of always naming the commonest class."""
-    return results["interval"][0] > next(iter(results["baselines"].values()))
 
 
 # ------------------------------------------------------------------------------------------ scores
@@ -263,7 +259,7 @@ def make_prior(split, attribute, class_names):
     def prior(path, label):
         name, others = name_of(path), counts[name_of(path)] - one[label]  # without the painting
         total = int(others.sum())
-        if not name or not 0 < total < 2 / 3 * everything.sum():  # whose name is on most is none
+        if not name or not 0 < total < 2 / 3 * everything.sum():  # a name on most is no artist
             return {"prior": "", "prior_paintings": 0, "prior_share": "", "prior_class": "",
                     "score": math.nan}
         shares = np.log((others + everything / everything.sum()).clip(1e-12) / (total + 1))
@@ -322,7 +318,7 @@ def find_twins(split, class_names):
     for labels in split.values():
         for path, label in labels.items():
             name = train_model.file_name(path)
-            if any(letter.isalpha() for letter in Path(name).stem):  # numbers are no titles
+            if any(letter.isalpha() for letter in Path(name).stem):  # numbers are not titles
                 twins[name].append((path, class_names[label]))
     pairs = [pair for same in twins.values() for pair in itertools.combinations(sorted(same), 2)]
     return [{"path": path, "class": name, "twin": twin, "twin_class": other}
@@ -343,8 +339,6 @@ def likeliest_classes(picture, run, model, most=5):
 
 def read_crops(file, image_size, views):
     """Return the crops of a picture that the model looks at, (views, S, S, 3) uint8."""
-    if file.exists() and not file.is_file():
-        raise InputError("no regular file, or a folder without pictures")
     copy = train_model.encode_copy(file, math.ceil(image_size * 10 / 7))
     with Image.open(io.BytesIO(copy)) as image:
         return np.stack([train_model.center_crop(image, image_size, place)
@@ -368,7 +362,7 @@ def find_own_pictures(names):
     for name in names:
         if not name:
             raise InputError("the command names an empty path")
-        found = [] if os.path.lexists(name) else sorted(glob.glob(name))  # Windows leaves it to us
+        found = [] if os.path.lexists(name) else sorted(glob.glob(name))  # as Windows does not
         for path in map(Path, found or [name]):
             inside = sorted(file for file in path.rglob("*") if not file.is_dir()
                             and "/." not in f"/{file.relative_to(path).as_posix()}")
@@ -376,7 +370,7 @@ def find_own_pictures(names):
                         if file.name.lower().endswith(train_model.ENDINGS)]
             files += pictures or [path]
             others += [file for file in inside if file not in pictures]
-    train_model.print_examples("skipped (no picture by its ending)", others)
+    train_model.print_examples("skipped (not the ending of a picture)", others)
     return files
 
 
@@ -389,12 +383,13 @@ def classify_own_pictures(run, model, settings):
         try:
             return read_crops(file, settings.image_size, settings.views)
         except Exception as error:  # of nearly any kind, from Pillow
-            return printable(error)
+            return printable(error) or type(error).__name__
 
     files, rows = find_own_pictures(settings.pictures), []
     step = max(1, settings.batch_size // settings.views)
     train_model.place_on_device(model)
     bar = train_model.progress_bar("your pictures", len(files))
+    write = bar.write if sys.stderr.isatty() else print  # which would draw the bar again
     with bar, ThreadPool(train_model.cores()) as pool:
         for start in range(0, len(files), step):
             batch = files[start : start + step]
@@ -403,11 +398,11 @@ def classify_own_pictures(run, model, settings):
             named = iter(name_classes(np.stack(good), run, model) if good else [])
             for file, crop in zip(batch, crops):
                 if isinstance(crop, str):
-                    bar.write(f"{printable(file)}: cannot be read: {crop}", file=sys.stderr)
+                    write(f"{printable(file)}: cannot be read: {crop}", file=sys.stderr)
                     continue
                 best = next(named)
                 words = ", ".join(f"{printable(name)} {share:.1%}" for name, share in best)
-                bar.write(f"{printable(file)}: {words}")
+                write(f"{printable(file)}: {words}")
                 rows.append([str(file), *itertools.chain(*best)])
             bar.update(len(batch))
     columns = ["picture", "class", "probability"]
@@ -533,7 +528,7 @@ def headline(attribute, names, results):
     bars[0] += f'<i style="left:{low:.2%};width:{high - low:.2%}"></i>'
     pairs = [(name[0].upper() + name[1:], f"<b>{results[key]:.1%}</b> {words}")
              for key, name, words in SCORES[len(names) <= 5:]]
-    poor = "" if better_than_guessing(results) else """<p><b>No better than guessing, within the
+    poor = "" if results["beats_guessing"] else """<p><b>No better than guessing, within the
 margin of error: do not trust what the page says about single paintings.</b></p>"""
     return f"""<header class="wide"><div><h1>Test accuracy, {escaped(attribute)}
 <b>{accuracy:.2%}</b></h1><p>The model named the labelled class, one of {len(names)}, for
@@ -560,10 +555,6 @@ def most_confident(predictions, copies):
 def learning_curve(history):
     """Return the losses and the validation accuracy of the epochs, as two drawings."""
     best = train_model.best_epoch(history)
-    if len(history) == 1:
-        row = history[0]
-        return f"""<p>One epoch was trained: training loss {row["training_loss"]:.2f}, validation
-loss {row["validation_loss"]:.2f}, validation accuracy {row["validation_accuracy"]:.2%}.</p>"""
     losses = {name: [row[f"{name}_loss"] for row in history] for name in ("validation", "training")}
     accuracy = {"validation": [100 * row["validation_accuracy"] for row in history]}
     return f"""<figure><div class="wide">{draw("Loss", "", losses, best)}
@@ -579,7 +570,7 @@ def draw(title, unit, lines, best):
                                 if 5 * step >= highest)
     parts = [f'<path d="M50 {205 - 30 * n}H390"/><text x="42" y="{209 - 30 * n}" text-anchor="end">'
              f"{n * step:g}{unit}</text>" for n in range(6)]
-    x = [50 + 340 * place / (count - 1) for place in range(count)]
+    x = [50 + 340 * place / max(1, count - 1) for place in range(count)]
     for name, line in lines.items():
         points = [f"{a:.1f} {205 - 30 * value / step:.1f}" for a, value in zip(x, line)]
         parts.append(f'<polyline class="{name}" points="{" ".join(points)}"/>'
@@ -667,10 +658,9 @@ def select_outliers(outliers):
 def doubted(outliers, class_names, copies):
     """Return the paintings most likely to be mislabelled, those on which both agree first."""
     both, shown = select_outliers(outliers)
-    parts = []
-    for name in class_names:
-        if rows := [row for row in shown if row["class"] == name]:
-            parts.append(f"<h3>{escaped(name)}</h3>\n{gallery(rows, doubt_words, copies)}\n")
+    groups = {name: [row for row in shown if row["class"] == name] for name in class_names}
+    parts = [f"<h3>{escaped(name)}</h3>\n{gallery(rows, doubt_words, copies)}\n"
+             for name, rows in groups.items() if rows]
     return f"""<p>Of {len(outliers):,} paintings, training included, these are the most likely to be
 mislabelled; all are in outliers.csv. The model counts by its margin, in training by that of its
 early epochs; the artist by how the other paintings of that artist are labelled. They are worth a

@@ -36,7 +36,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import threading
@@ -52,13 +51,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------- settings
@@ -139,28 +138,23 @@ class ArtClassifier(nn.Module):
 
 
 def fuse_fixed_norms(network):
-    """Let each convolution do the work of its batch norm while that is fixed, in eval mode.
-
-    The map between the two is then not kept for the backward pass, half of all (arXiv 2305.11624).
-    """
+    """Let each convolution of a ResNet do the work of its batch norm, by `convolve`."""
     layers = [layer for layer in network.modules() if type(layer) in (nn.Conv2d, nn.BatchNorm2d)]
-    for conv, norm in zip(layers[::2], layers[1::2]):  # a ResNet has them in turn
+    for conv, norm in zip(layers[::2], layers[1::2]):  # they stand in turn
         conv.forward = functools.partial(convolve, conv, norm)
-        norm.forward = functools.partial(normalize, norm)
+        norm.forward = nn.Identity().forward
 
 
 def convolve(conv, norm, images):
-    """Return the output of a convolution, and of its batch norm if that is fixed."""
+    """Return the output of a convolution and its batch norm, in one step if the norm is fixed.
+
+    The map between them, half of what backward needs, is then not kept (arXiv 2305.11624).
+    """
     if norm.training:
-        return nn.Conv2d.forward(conv, images)
+        return nn.BatchNorm2d.forward(norm, nn.Conv2d.forward(conv, images))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     bias = norm.bias - norm.running_mean * scale
     return conv._conv_forward(images, conv.weight * scale.view(-1, 1, 1, 1), bias)
-
-
-def normalize(norm, images):
-    """Return the output of a batch norm for that of `convolve`."""
-    return nn.BatchNorm2d.forward(norm, images) if norm.training else images
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -180,10 +174,7 @@ def run_training(settings):
 
 
 def train(run, model, split, copies, settings):
-    """Train from the epoch that the run has reached to the last one, and save each.
-
-    split: {part: {path: label}} of the usable paintings; copies: {path: resized copy}.
-    """
+    """Train {part: {path: label}} from the epoch that the run has reached on, and save each."""
     history, pretrained = run["history"], run["settings"]["WEIGHTS"] != "none"
     frozen_epochs = settings.frozen_epochs if pretrained else 0
     device = place_on_device(model)
@@ -199,10 +190,11 @@ def train(run, model, split, copies, settings):
         print(f"resuming after epoch {len(history)}")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": run.pop("optimizer")})
         scaler.load_state_dict(run.pop("scaler") or scaler.state_dict())
-    first, steps = len(history) * len(loader), len(loader)
-    rates = (settings.epochs, frozen_epochs, settings.warmup_epochs)
+    first, steps = len(history) * len(loader) + 0.5, len(loader)  # the middle of a step
+    rate = functools.partial(rate_at, epochs=settings.epochs, frozen_epochs=frozen_epochs,
+                             warmup_epochs=settings.warmup_epochs)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_at((first + step + 0.5) / steps, *rates))
+        optimizer, lambda step: rate((first + step) / steps))
     labels = torch.tensor(list(split["validation"].values()))
     print(f"device {run['device']}, {loader.num_workers} loader processes")
     print("   epoch  training loss  validation loss  accuracy  paintings/s  left (*: best)")
@@ -211,20 +203,22 @@ def train(run, model, split, copies, settings):
         torch.manual_seed(zlib.crc32(f"{settings.seed} {epoch} {RANK}".encode()))  # of dropout
         loader.batch_sampler.epoch = epoch
         model.start_training(pretrained, frozen=epoch <= frozen_epochs)
-        loss, margins = train_epoch(parallel(model), loader, optimizer, schedule, scaler, title)
+        joint = model if WORLD_SIZE == 1 else nn.parallel.DistributedDataParallel(
+            model, gradient_as_bucket_view=True)
+        joint.broadcast_buffers = False  # as an argument it warns
+        loss, margins = train_epoch(joint, loader, optimizer, schedule, scaler, title)
         speed = len(split["train"]) / (time.perf_counter() - begun)
         logits = evaluate(model, validation_loader, f"{title}, validation")
         history.append({
             "epoch": epoch, "training_loss": loss,
             "validation_loss": nn.functional.cross_entropy(logits, labels).item(),
             "validation_accuracy": (logits.argmax(1) == labels).double().mean().item(),
-            "learning_rate": settings.learning_rate * rate_at(epoch - 0.5 / steps, *rates),
+            "learning_rate": settings.learning_rate * rate(epoch - 0.5 / steps),
             "paintings_per_second": speed, "seconds": time.perf_counter() - begun})
         if epoch <= max(2, run["planned_epochs"] // 2):
             update_margins(run["margins"], split["train"], margins, restart=epoch <= 2)
         if best_epoch(history) == epoch:
-            update_margins(run["margins"], split["validation"], label_margins(logits, labels),
-                           restart=True)
+            update_margins(run["margins"], split["validation"], label_margins(logits, labels), True)
         broadcast_from_first(save_epoch, run, model, optimizer, scaler, settings.output_dir)
         print_epoch(history, settings.epochs)
 
@@ -277,7 +271,7 @@ def evaluate(model, loader, title):
             bar.update(size)
     logits = gather(logits, loader)
     if not logits.isfinite().all():
-        raise InputError(f"{title}: the model's outputs are not finite")
+        raise InputError(f"{title}: outputs are not finite: lower LEARNING_RATE")
     return logits
 
 
@@ -373,7 +367,6 @@ def print_epoch(history, epochs):
 
 # ----------------------------------------------------------------------- data set, sampler, loader
 
-BORDER = 1 / 16  # share of a picture that evaluation leaves out at each edge
 LOADER_TIMEOUT = 900  # seconds without a batch after which loading has failed
 
 
@@ -418,8 +411,8 @@ class PaintingDataset(Dataset):
 
 def center_crop(image, image_size, place=0.5):
     """Return a square of 7/8 of the short side, resized; place: 0..1 along the long side."""
-    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR, BORDER,
-                        (place, place))
+    return ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR,
+                        bleed=1 / 16, centering=(place, place))
 
 
 class EpochBatchSampler:
@@ -482,7 +475,7 @@ def init_worker(_):
     """Leave signals, which may go to all processes, to the main one, and end with it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None  # a batch that nobody waits for any more is no news
+    sys.excepthook = lambda *_: None  # errors in batches that nobody needs
     end_with(multiprocessing.parent_process().join)  # torch watches the forkserver instead
 
 
@@ -510,9 +503,10 @@ def set_up_run(settings):
         run = {"format": FORMAT, "class_names": class_names, "settings": chosen, "split": split,
                "split_source": source, "planned_epochs": settings.epochs, "history": [],
                "margins": {}}
-    run |= {"torch": str(torch.__version__), "split": match_paths(run["split"], found)}
+    matched = match_paths(run["split"] | {"margins": run["margins"]}, found)
+    run |= {"torch": str(torch.__version__), "margins": matched.pop("margins"), "split": matched}
     listed = {path for labels in run["split"].values() for path in labels}
-    print_examples("paintings of this run not on disk", sorted(listed.difference(found)))
+    print_examples("paintings in this run missing from disk", sorted(listed.difference(found)))
     print_examples("paintings on disk not used in this run", sorted(set(found) - listed))
     filter_split(run["split"], set(found))
     torch.manual_seed(settings.seed)
@@ -541,7 +535,7 @@ def find_run(output_dir, chosen):
                    if value != former[name]}
         if wrong := [change for name, change in changes.items() if name not in FREE]:
             raise InputError(f"{last} has other settings: {'; '.join(wrong)}: undo that, {away}")
-        print_examples("changed from here on", list(changes.values()))
+        print_examples("settings that change from here on", list(changes.values()))
     return run
 
 
@@ -572,25 +566,23 @@ def prepare_paintings(run, found, settings):
 
 def draw_crops(dataset, class_names):
     """Return 32 training crops as the model sees them in epoch 1, with their labels, as a JPEG."""
-    crops = []
+    tiles = []
     for index in np.random.default_rng((dataset.seed, 1)).permutation(len(dataset))[:32]:
         pixels, label = dataset[index, 1]
-        size = len(pixels)  # padded for the name, which is written at the corner of an empty box
-        crop = nn.functional.pad(pixels.permute(2, 0, 1), (0, max(0, 144 - size), 0, 16), value=255)
-        crops.append(draw_bounding_boxes(
-            crop, torch.tensor([[0, size, 0, size]]), [printable(class_names[label])],
-            colors="white", label_colors="black"))
-    sheet = make_grid(crops, nrow=8, pad_value=255).permute(1, 2, 0).numpy()
-    Image.fromarray(sheet).save(jpeg := io.BytesIO(), "JPEG", quality=90)
+        tile = Image.new("RGB", (max(144, len(pixels)), len(pixels) + 16), "white")
+        tile.paste(Image.fromarray(pixels.numpy()))
+        ImageDraw.Draw(tile).text((2, len(pixels) + 2), printable(class_names[label]), "black")
+        tiles.append(v2.functional.pil_to_tensor(tile))
+    sheet = v2.functional.to_pil_image(make_grid(tiles, pad_value=255))
+    sheet.save(jpeg := io.BytesIO(), "JPEG", quality=90)
     return jpeg.getvalue()
 
 
 def print_end(history, settings):
     """Print how the training went, and the command that tests the best epoch."""
-    best, seconds = history[best_epoch(history) - 1], sum(row["seconds"] for row in history)
-    print(f"trained {len(history)} epochs in {tqdm.format_interval(seconds)}, more with a larger "
-          f"EPOCHS; best: epoch {best['epoch']}, validation accuracy "
-          f"{100 * best['validation_accuracy']:.2f} %")
+    best = history[best_epoch(history) - 1]
+    print(f"best: epoch {best['epoch']} of {len(history)}, validation accuracy "
+          f"{100 * best['validation_accuracy']:.2f} % (a larger EPOCHS trains further)")
     script = Path(__file__).with_name("test_model.py")
     command = ["python", script.name if script.parent == Path.cwd() else str(script)]
     for name in SHARED:
@@ -604,7 +596,7 @@ def print_end(history, settings):
 
 ARTGAN = "https://github.com/cs-chan/ArtGAN, folder 'WikiArt Dataset'"
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-CAMERAS = r"(img|dsc\w?|dcim|pxl|gopr|mvimg|scan|image|photo|screenshot)"  # name no artist
+CAMERAS = r"(img|dsc\w?|dcim|pxl|gopr|mvimg|scan|image|photo|screenshot)"  # are not artists
 
 
 def find_paintings(data_dir):
@@ -644,7 +636,7 @@ def style(path):
 
 
 def artist(path):
-    """Return the artist that a file name tells, before its first _, or ""."""
+    """Return the artist given by the file name, before its first _, or ""."""
     name, underscore, _ = file_name(path).partition("_")
     told = underscore and re.search(r"[^\W\d]", name) and not re.fullmatch(CAMERAS, name.lower())
     return name if told else ""
@@ -658,14 +650,14 @@ def read_rows(path, pattern, example):
     if not rows:
         raise InputError(f"{path} has no row such as {example}, but {''.join(lines[:1])[:99]!r}")
     if len(rows) < len(lines):
-        print(f"skipped in {printable(path)}: {len(lines) - len(rows):,} lines that are no rows")
+        print(f"skipped in {printable(path)}: {len(lines) - len(rows):,} lines that are not rows")
     return rows
 
 
 def read_lists(lists_dir, attribute):
     """Read ArtGAN's lists of an attribute; return class names, {path: label}, paths to test on.
 
-    The latter are those that ArtGAN calls val. A path listed twice counts by its first row.
+    The latter are those that ArtGAN calls val. Of a path listed twice the first row counts.
     """
     wanted = [f"{attribute}_{kind}" for kind in ("class", "val", "train")]
     there = sorted(path for path in lists_dir.rglob("*") if path.is_file())
@@ -719,13 +711,13 @@ def label_by_folder_or_artist(found, attribute, min_paintings):
     return class_names, labels, None
 
 
-def match_paths(split, found):
-    """Return a split with its paths as they are spelt on disk, where they are there.
+def match_paths(tables, found):
+    """Return {name: {path: value}} with the paths as spelt on disk, if they are there.
 
     709 of ArtGAN's names are garbled: a disk may hold them so, repaired, or with _ for odd letters.
     A path that is not there and a file of no list match if only they are alike in their folder.
     """
-    listed = {path for labels in split.values() for path in labels}
+    listed = {path for values in tables.values() for path in values}
     alike, places = defaultdict(set), {}
     for path in listed.symmetric_difference(found):
         alike[style(path), re.sub(r"([^\x00-\x7f]|_)+", "_", repaired(path))].add(path)
@@ -735,8 +727,8 @@ def match_paths(split, found):
             one, other = repaired(lost[0]), repaired(files[0])
             if one == other or one.isascii() != other.isascii():  # é is _, and not è
                 places[lost[0]] = files[0]
-    return {part: {places.get(path, path): label for path, label in labels.items()}
-            for part, labels in split.items()}
+    return {name: {places.get(path, path): value for path, value in values.items()}
+            for name, values in tables.items()}
 
 
 def repaired(path):
@@ -751,7 +743,7 @@ def repaired(path):
 
 
 def split_paintings(labels, test_list, group_by, seed):
-    """Return {part: {path: label}}, and a word on where it is from.
+    """Return {part: {path: label}}, and a phrase that says where it came from.
 
     With test_list, the paths to test on, validation is a tenth of the others. Without, or by
     artist, the parts are 70, 15 and 15 %. Files of one name in two folders stay together.
@@ -780,16 +772,14 @@ def draw_split(labels, group_of, shares, seed):
         groups[group_of(path)].append(path)
     split, filled = {part: {} for part in shares}, {part: Counter() for part in shares}
 
-    def turn(group):  # the larger first, chance among equals
-        words = f"{seed} {group}".encode("utf-8", "surrogateescape")
-        return -len(groups[group]), hashlib.blake2b(words).digest()
-
-    for group in sorted(groups, key=turn):
+    for group in sorted(groups, key=lambda group: (  # the larger first, chance among equals
+            -len(groups[group]),
+            hashlib.blake2b(f"{seed} {group}".encode("utf-8", "surrogateescape")).digest())):
         counts, fullness = Counter(labels[path] for path in groups[group]), Counter()
         for part, share in shares.items():
             for label, count in counts.items():
-                # One by one, its `count` paintings of a class of N would find `there` of them in
-                # the part, on average, where N * share belong; classes weigh by count / N.
+                # What of a class of N is in the part, half of the group's included, relative to
+                # the N * share that belong there; classes weigh by count / N.
                 there = filled[part][label] + (count - (filled[part][label] == 0)) / 2
                 fullness[part] += count / sizes[label] * there / (sizes[label] * share)
         part = min(shares, key=fullness.get)
@@ -828,9 +818,7 @@ def resize_paintings(paths, data_dir, cache_dir, image_size):
     for path in paths:
         try:
             status = os.stat(data_dir / path)
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError("not a regular file")
-        except Exception as error:
+        except OSError as error:
             bad[path] = reason_of(error, data_dir / path)
             continue
         original = os.fsencode(f"{path}\n{status.st_size}\n{status.st_mtime_ns}")
@@ -849,8 +837,8 @@ def resize_paintings(paths, data_dir, cache_dir, image_size):
         copy.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(copy, jpeg)
 
-    if len(missing) == len(copies) <= len(there):
-        print("note: those already there are of other paths, sizes or times (a copied DATA_DIR?)")
+    if missing and len(missing) == len(copies) <= len(there):
+        print("note: the copies there are of other paths, sizes or times (is DATA_DIR a copy?)")
     # Threads suffice, since Pillow releases the interpreter.
     with ThreadPool(cores()) as pool, progress_bar("resizing", len(missing)) as bar:
         try:
@@ -875,6 +863,8 @@ def encode_copy(path, short_side):
 
 def decode(path, short_side):
     """Return a picture, upright, in RGB, with its short side at most so long."""
+    if path.exists() and not path.is_file():
+        raise InputError("not a regular file, or a folder without pictures")
     with open(path, "rb") as file:
         content = file.read()
     if content[:2] == b"\xff\xd8":  # not by Image.open, which has a limit of its own
@@ -886,7 +876,7 @@ def decode(path, short_side):
         raise InputError(f"{width} x {height} is more than {most:,} pixels")
     image.draft(image.mode, reduced_size(image.size, short_side))
     image.load()
-    with contextlib.suppress(Exception):  # odd metadata spoil no picture
+    with contextlib.suppress(Exception):  # ignore malformed metadata
         ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image, reduced_size(image.size, short_side))
 
@@ -897,7 +887,7 @@ def open_other(content):
         Image.open(io.BytesIO(content), formats=FORMATS).verify()  # the checksums of a PNG
     except UnidentifiedImageError as error:
         hint = ": HEIC is not read, save it as JPEG" if content[4:8] == b"ftyp" else ", or damaged"
-        raise InputError(f"no picture of a known format{hint}") from error
+        raise InputError(f"not a picture in a known format{hint}") from error
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits a sample, 284 planes, 320 colour map
     deep = max(tags.get(258, (8,))) > 8 and (image.mode[:1] in "IF" or tags.get(284) == 2)
@@ -953,16 +943,15 @@ def write_atomically(path, content):
             file.write(content.encode("utf-8", "backslashreplace") if text else content)
             file.flush()
             os.fsync(file.fileno())
-        for seconds in (1, 2, 3):
-            with contextlib.suppress(PermissionError):  # Windows, while a scanner has it open
-                return os.replace(temporary, path)
-            time.sleep(seconds)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except PermissionError:  # on Windows, while a virus scanner or a spreadsheet has it open
+            time.sleep(5)
+            os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def write_extra(path, content):
@@ -991,7 +980,7 @@ def lock_folder(folder):
         import fcntl  # not on Windows
         file = open(folder / ".lock", "ab")  # noqa: SIM115
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.glob(f".{'[0-9a-f]' * 16}.tmp"):  # by a killed run
+        for left in folder.glob(f".{'[0-9a-f]' * 16}.tmp"):  # left by a killed run
             left.unlink()
     except BlockingIOError as error:
         raise InputError(f"another training writes to {folder}: wait for its end, or give this one "
@@ -1003,7 +992,7 @@ def lock_folder(folder):
     finally:
         with contextlib.suppress(OSError):
             (folder / ".lock").unlink()
-            for path in made:  # in vain, if nothing was written
+            for path in made:  # if nothing was written
                 path.rmdir()
 
 
@@ -1039,8 +1028,8 @@ def load_checkpoint(path):
     """Load a checkpoint of `save_epoch`; raise InputError if it is none, or damaged."""
     run = load_tensors(path)
     if not isinstance(run, dict) or run.get("format") != FORMAT:
-        raise InputError(f"{path} was not written by this version of train_model.py: use the one "
-                         "that did, or move it away")
+        raise InputError(f"{path} was not written by this version of train_model.py: use "
+                         "the version that wrote it, or move it away")
     return run
 
 
@@ -1096,7 +1085,7 @@ RANK, WORLD_SIZE = (  # the number of this process, from 0, and how many there a
 
 
 def join_processes():
-    """Join the processes that torchrun has started, if it has, and take a GPU of one's own."""
+    """Join the processes that torchrun has started, if it has, and take one GPU."""
     if "LOCAL_RANK" in os.environ:
         if cuda := torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1121,15 +1110,6 @@ def broadcast_from_first(function, *arguments):
     if WORLD_SIZE > 1:
         distributed.broadcast_object_list(values, group=gloo_group())
     return values[0]
-
-
-def parallel(model):
-    """Return the model, wrapped so that several processes average their gradients."""
-    if WORLD_SIZE == 1:
-        return model
-    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    wrapped.broadcast_buffers = False  # as an argument it warns
-    return wrapped
 
 
 def gather(outputs, loader):
@@ -1160,7 +1140,8 @@ SHARED = ("DATA_DIR", "CACHE_DIR", "OUTPUT_DIR", "BATCH_SIZE", "WORKERS")  # wit
 LIMITS = {  # the least and the most
     "epochs": (0, 10**6), "batch_size": (WORLD_SIZE, 10**6), "image_size": (64, 512),
     "learning_rate": (1e-9, 10), "backbone_rate": (0, 100), "frozen_epochs": (0, 10**6),
-    "warmup_epochs": (0, 10**6), "dropout": (0, 0.99), "workers": (-1, 1000), "seed": (0, 2**32)}
+    "warmup_epochs": (0, 10**6), "weight_decay": (0, 10), "dropout": (0, 0.99),
+    "workers": (-1, 1000), "seed": (0, 2**32)}
 
 
 class InputError(Exception):
@@ -1192,12 +1173,12 @@ def make_parser(description, settings, *scripts):
 
 
 def check_settings(settings):
-    """Return the settings with absolute folders; raise InputError where one is of no use."""
+    """Return the settings with absolute folders; raise InputError if one is invalid."""
     for name, value in vars(settings).items():
         low, high = LIMITS.get(name, (value, value))
         if not low <= value <= high:
             raise InputError(f"{name.upper()} must be from {low} to {high:,}, not {value}")
-        if name == "lists_dir" and value in ("none", LISTS_DIR) and not os.path.exists(value):
+        if name == "lists_dir" and value in ("none", "wikiart_csv") and not os.path.exists(value):
             settings.lists_dir = None
         elif name.endswith("_dir"):
             setattr(settings, name, Path(os.path.abspath(os.path.expanduser(value))))
@@ -1212,9 +1193,9 @@ def check_settings(settings):
             raise InputError(f"{inner} lies in {outer}: DATA_DIR, CACHE_DIR and OUTPUT_DIR must be "
                              "folders apart")
     for folder in (cache_dir, output_dir):
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if not there.is_dir() or there != folder and not os.access(there, os.W_OK):
-            raise OSError(f"cannot make the folder {folder}")
+        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        if not there.is_dir() or (there != folder and not os.access(there, os.W_OK)):
+            raise OSError(f"cannot create the folder {folder}")
     return settings
 
 
@@ -1242,10 +1223,9 @@ def explain(error, batch_size):
 def run_script(function, settings, stopped):
     """Call a function with the first process's settings; return the exit code; tell of a stop."""
     def stop(number, _):
-        for each in former:
-            signal.signal(each, signal.SIG_IGN)  # another one would disturb the end
         raise KeyboardInterrupt(number)
 
+    others = multiprocessing.active_children()  # of a program that calls main()
     main_thread = threading.current_thread() is threading.main_thread()
     former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
               if main_thread and signal.getsignal(number) is not signal.SIG_IGN}
@@ -1254,24 +1234,27 @@ def run_script(function, settings, stopped):
         setattr(sys, name, stream)  # 2>&- leaves none
         if isinstance(stream, io.TextIOWrapper):  # file names may be beyond a terminal's letters
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    if os.name == "posix" and len(os.fsencode(tempfile.gettempdir())) > 60:
-        tempfile.tempdir = os.environ["TMPDIR"] = "/tmp"  # the path of a socket has 108 bytes
     try:
+        if os.name == "posix" and len(os.fsencode(tempfile.gettempdir())) > 60:
+            tempfile.tempdir = os.environ["TMPDIR"] = "/tmp"  # a socket's path has 108 bytes
         join_processes()
         function(broadcast_from_first(check_settings, settings))
         if distributed.is_initialized():
             distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt as error:
+        for number in former:
+            signal.signal(number, signal.SIG_IGN)  # another one would disturb the end
         code, line = 128 + (error.args or (signal.SIGINT,))[0], stopped
     except Exception as error:
         reason = explain(error, settings.batch_size)
         code, line = 1, f"error: {printable(reason)}" if reason else traceback.format_exc()
+        traceback.clear_frames(error.__traceback__)  # which would keep the loaders
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-    for worker in multiprocessing.active_children():  # may be stuck, and ignore SIGTERM
-        worker.kill()
+    for worker in set(multiprocessing.active_children()).difference(others):
+        worker.kill()  # since it ignores SIGTERM, and may be stuck
     print(line, file=sys.stderr)
     if distributed.is_initialized():  # what the others do no longer matters
         os._exit(code)
