@@ -87,8 +87,8 @@ def prepare_test(run, settings):
         if last["history"][: len(run["history"])] == run["history"]:
             run |= {name: last[name] for name in ("history", "settings", "margins")}
     found = train_model.find_paintings(settings.data_dir)
-    matched = train_model.match_paths(run["split"] | {"margins": run["margins"]}, found)
-    run |= {"margins": matched.pop("margins"), "split": matched}
+    run["split"] = train_model.match_paths(run["split"], found)
+    run |= train_model.match_paths({"margins": run["margins"]}, found)
     test = run["split"]["test"]
     copies, _ = train_model.resize_paintings(
         sorted(set(found).intersection(test)), settings.data_dir, settings.cache_dir,

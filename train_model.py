@@ -503,8 +503,8 @@ def set_up_run(settings):
         run = {"format": FORMAT, "class_names": class_names, "settings": chosen, "split": split,
                "split_source": source, "planned_epochs": settings.epochs, "history": [],
                "margins": {}}
-    matched = match_paths(run["split"] | {"margins": run["margins"]}, found)
-    run |= {"torch": str(torch.__version__), "margins": matched.pop("margins"), "split": matched}
+    run |= {"torch": str(torch.__version__), "split": match_paths(run["split"], found)}
+    run |= match_paths({"margins": run["margins"]}, found)
     listed = {path for labels in run["split"].values() for path in labels}
     print_examples("paintings in this run missing from disk", sorted(listed.difference(found)))
     print_examples("paintings on disk not used in this run", sorted(set(found) - listed))
@@ -891,7 +891,8 @@ def open_other(content):
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits a sample, 284 planes, 320 colour map
     deep = max(tags.get(258, (8,))) > 8 and (image.mode[:1] in "IF" or tags.get(284) == 2)
-    if deep or image.mode in ("I", "F") or max(tags.get(320, (256,))) < 256:
+    clear = "transparency" in image.info and image.tile[0][3] in ("L;2", "L;4")  # is not scaled
+    if deep or clear or image.mode in ("I", "F") or max(tags.get(320, (256,))) < 256:
         raise InputError("its kind of pixels is not read: save it as PNG or JPEG")
     return image
 
@@ -976,6 +977,8 @@ def lock_folder(folder):
     """Hold the lock of a folder, made if need be; raise InputError if another process has it."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"cannot write to {folder}")
     try:
         import fcntl  # not on Windows
         file = open(folder / ".lock", "ab")  # noqa: SIM115
@@ -1192,10 +1195,6 @@ def check_settings(settings):
         if inner.resolve().is_relative_to(outer.resolve()):
             raise InputError(f"{inner} lies in {outer}: DATA_DIR, CACHE_DIR and OUTPUT_DIR must be "
                              "folders apart")
-    for folder in (cache_dir, output_dir):
-        there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-        if not there.is_dir() or (there != folder and not os.access(there, os.W_OK)):
-            raise OSError(f"cannot create the folder {folder}")
     return settings
 
 
@@ -1211,7 +1210,7 @@ def explain(error, batch_size):
         ("invalid device ordinal", "torchrun started more processes than there are GPUs: lower "
          "--nproc-per-node"),
         ("no kernel image", "this torch is too new for the GPU: see README.md, Old GPUs"),
-        ("shared memory|No space left|DataLoader|Too many open files|new thread",
+        ("shared memory|No space left|DataLoader|Too many open files|ancdata|new thread",
          "use fewer loaders, such as --workers 0, or give Docker a larger --shm-size"),
         ("(?i)gloo|nccl", "another process stopped; its own message says why"),
     ):

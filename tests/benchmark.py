@@ -35,10 +35,12 @@ from datetime import date
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import PIL
 import torch
+import torchvision
 from PIL import Image, ImageDraw
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import nn
@@ -78,7 +80,7 @@ def find(folder):
 def gather(folder, count, own=None, size=(800, 640)):
     """Fill a folder with painted originals, or with links to evenly chosen pictures of `own`.
 
-    All names end in .jpg, for ImageFolder passes over other endings that train_model knows.
+    All names end in .jpg, since ImageFolder skips other endings that train_model knows.
     """
     found = list(find(own)) if own else range(count)
     files = [folder / f"style-{number % 4}" / f"{number}.jpg"
@@ -154,35 +156,37 @@ class InMemory:
 
 
 def this_project(options, in_memory=False):
-    """Return passes by train_model's functions, over small copies or one batch in memory."""
+    """Return passes by train_model's functions, over resized copies or one batch in memory."""
     model = train_model.ArtClassifier(CLASSES, dropout=0.3)
-    device = train_model.move_to_fastest(model)
+    device = train_model.place_on_device(model)
     optimizer = train_model.make_optimizer(model, 1e-5, 1, 0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision is torch.float16)
     labels = {path: number % CLASSES for number, path in enumerate(find(options.originals))}
-    copies = train_model.copies_folder(options.small_dir, options.image_size)
-    loaders = []
+    with quietly():  # they are there
+        copies, _ = train_model.resize_paintings(
+            list(labels), options.originals, options.cache_dir, options.image_size)
+    settings, loaders = argparse.Namespace(**vars(options)), []
+    settings.workers = 0 if in_memory else options.workers
     for count, seed in ((options.pictures, 0), (2 * options.pictures, None)):
-        chosen = list(labels)[:count]
-        paintings = train_model.Paintings(copies, {path: labels[path] for path in chosen},
-                                          options.image_size, seed)
-        loaders.append(train_model.make_loader(
-            paintings, options.batch_size, 0 if in_memory else options.workers, device))
-    train_loader, test_loader = [InMemory(loader, device) if in_memory else loader
-                                 for loader in loaders]
-    rates = [1.0] * len(train_loader)
+        chosen = {path: labels[path] for path in list(labels)[:count]}
+        loader = train_model.make_loader(chosen, copies, settings, device, seed)
+        loader.batch_sampler.epoch = 0
+        loaders.append(InMemory(loader, device) if in_memory else loader)
+    train_loader, test_loader = loaders
 
     def train():
         train_loader.batch_sampler.epoch += 1
-        model.start_training(frozen=False, fixed_norms=True)
-        train_model.train_epoch(model, train_loader, optimizer, scaler, rates, "")
+        model.start_training(pretrained=True, frozen=False)
+        train_model.train_epoch(model, train_loader, optimizer, schedule, scaler, "")
 
     def evaluate():
         train_model.evaluate(model, test_loader, "")
 
     def save():
+        row = {"epoch": 1, "validation_accuracy": 0.0}  # the best so far
         run = {"class_names": [], "split": dict.fromkeys(train_model.PARTS, labels),
-               "history": [{"epoch": 1, "validation_accuracy": 0.0}]}  # the best so far
+               "history": [row]}
         train_model.save_epoch(run, model, optimizer, scaler, options.originals.parent)
 
     kinds = {"training": train, "evaluation": evaluate}
@@ -247,17 +251,17 @@ def take_turns(options):
 def measure_preparing(folder, options):
     """Return the rates of preparing the originals, large ones, and these without draft.
 
-    It leaves the small copies of the originals in small-0.
+    It leaves the resized copies of the originals in cache-0.
     """
     gather(folder / "large", 16 * train_model.cores(), size=(1600, 1280))
     draft, rates = JpegImageFile.draft, []
     ways = [("originals", draft), ("large", draft), ("large", lambda *_: None)]
     for name, JpegImageFile.draft in ways * 2 * options.rounds:
-        found, small_dir = find(folder / name), folder / f"small-{len(rates)}"
+        found, cache_dir = find(folder / name), folder / f"cache-{len(rates)}"
         begun = time.perf_counter()
         with quietly():
-            bad = train_model.prepare_copies(
-                found, folder / name, train_model.copies_folder(small_dir, options.image_size))
+            _, bad = train_model.resize_paintings(
+                found, folder / name, cache_dir, options.image_size)
         if bad:
             raise ValueError(f"pictures cannot be used: {bad}")
         rates.append(len(found) / (time.perf_counter() - begun))
@@ -265,30 +269,40 @@ def measure_preparing(folder, options):
     return [median(rates[way::len(ways)]) for way in range(len(ways))]
 
 
-def measure_start(folder, options):
-    """Return the seconds and MB that EPOCHS = 0 takes over the imports, with WikiArt's files.
+def make_wikiart(folder, options):
+    """Fill folder/data and folder/cache with as many originals and resized copies as WikiArt has.
 
-    They are links to one original and one small copy a style: file systems allow some 65,000.
+    They are links to one JPEG a style, which file systems allow some 65,000 of.
     """
-    before = peaks()[0]
-    data, small = folder / "data", folder / "small"
+    data, cache = folder / "data", folder / "cache"
     for style in range(CLASSES):
         (data / f"style-{style}").mkdir(parents=True)
-        paint(data / f"style-{style}" / f"{style}.jpg", (320, 320))
-    copies = train_model.copies_folder(small, options.image_size)
-    with quietly():
-        train_model.prepare_copies(find(data), data, copies)
-    for number in range(WIKIART - CLASSES):
+        paint(folder / f"{style}.jpg", (320, 320))
+    for number in range(WIKIART):
         style = number % CLASSES
-        for place in (data, copies):
-            file = place / f"style-{style}" / f"{style}.jpg"
-            os.link(file, file.with_name(f"artist-{number % 1119}_title-{number}.jpg"))
+        name = f"artist-{number % 1119}_title-{number}.jpg"
+        os.link(folder / f"{style}.jpg", data / f"style-{style}" / name)
+
+    def find_jpeg(original, _):
+        return folder / f"{original.parent.name.removeprefix('style-')}.jpg"
+
+    with quietly(), mock.patch.multiple(train_model, encode_copy=find_jpeg,
+                                        write_atomically=lambda copy, jpeg: os.link(jpeg, copy)):
+        copies, bad = train_model.resize_paintings(find(data), data, cache, options.image_size)
+    if bad or len(copies) < WIKIART:
+        raise ValueError(f"copies cannot be made: {bad}")
+
+
+def measure_start(folder, options):
+    """Return the seconds and MB that EPOCHS = 0 takes over the imports, after `make_wikiart`."""
+    before = peaks()[0]
     begun = time.perf_counter()
-    with quietly():
+    with mock.patch.object(train_model, "encode_copy", None), quietly():  # no copy is made
         code = train_model.main([
             "--epochs=0", "--lists-dir=none", f"--image-size={options.image_size}",
-            f"--data-dir={data}", f"--small-dir={small}", f"--output-dir={folder / 'output'}"])
-    if code:
+            f"--data-dir={folder / 'data'}", f"--cache-dir={folder / 'cache'}",
+            f"--output-dir={folder / 'output'}"])
+    if code or (folder / "output/bad_files.txt").read_text():
         raise RuntimeError("EPOCHS = 0 failed")
     return time.perf_counter() - begun, peaks()[0] - before
 
@@ -319,12 +333,12 @@ def print_header(options):
     cpu = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     probe = nn.Identity()
-    train_model.move_to_fastest(probe)
+    train_model.place_on_device(probe)
     print(f"{date.today()}  python {shlex.join(sys.argv)}")
     print(f"{cpu.strip()[2:] or 'CPU'}, {train_model.cores()} cores, {gpu}; this project in "
           f"{getattr(probe, 'precision', torch.float32)}")
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision "
-          f"{train_model.torchvision.__version__}, Pillow {PIL.__version__}")
+          f"{torchvision.__version__}, Pillow {PIL.__version__}")
     print(f"{options.pictures} pictures in training, {2 * options.pictures} in evaluation, image "
           f"size {options.image_size}, batch size {options.batch_size}, {options.workers} loaders, "
           f"{options.rounds} rounds, load average {os.getloadavg()[0]:.1f} at the start\n")
@@ -361,7 +375,7 @@ def main():
     options = read_flags()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
-        options.originals, options.small_dir = folder / "originals", folder / "small-0"
+        options.originals, options.cache_dir = folder / "originals", folder / "cache-0"
         options.pictures = gather(options.originals, 2 * options.pictures, options.folder) // 2
         if not options.pictures:
             sys.exit(f"error: {options.folder} holds fewer than two pictures in its folders")
@@ -373,9 +387,10 @@ def main():
         print(f"preparing originals of 1600 x 1280: {large:.1f} paintings/s, and "
               f"{whole:.1f} where every pixel is decoded")
         if not options.skip_start:
+            make_wikiart(folder, options)
             with new_process() as pool:
                 seconds, megabytes = pool.submit(measure_start, folder, options).result()
-            print(f"EPOCHS = 0 with {WIKIART:,} small copies ready: {seconds:.2f} s and "
+            print(f"EPOCHS = 0 with {WIKIART:,} resized copies ready: {seconds:.2f} s and "
                   f"{megabytes:.0f} MB more than the imports")
 
 

@@ -3,7 +3,7 @@
     python tests/demo.py [folder]        the folder is demo/ by default
 
 Paints five styles of 60 paintings, trains a small and quick model on them from scratch and tests
-it, with train_model.py and test_model.py as they are. Run again, it goes on from where it was.
+it, with train_model.py and test_model.py as they are. Run again, it resumes where it stopped.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def main():
     if not originals.exists():
         print(f"painting 300 pictures into {originals}", flush=True)
         paint_artgan(originals)
-    folders = ["--data-dir", originals, "--small-dir", folder / "wikiart_small",
+    folders = ["--data-dir", originals, "--cache-dir", folder / "wikiart_cache",
                "--output-dir", folder]
     quick = ["--lists-dir", "none", "--weights", "none", "--image-size", "96",
              "--batch-size", "16", "--epochs", "6"]

@@ -3,11 +3,11 @@
     python tests/planted.py wikiart wikiart_csv [--stand-in] [flags of train_model.py]
 
 Flips 5 % of ArtGAN's style labels, in the training and the test list alike, trains and tests on
-them with the two scripts, and prints how well the margin alone, the witness alone and both find
-the planted ones in the whole collection: AUROC, precision among as many as were planted, and the
-share of them in the first 5 %. Flips go to any other style that has paintings, or to the style
-that a model without flips takes the true one for most often. With --stand-in, the network is the
-small pretrained one of tests/standin.py, which says what to install.
+them with the two scripts, and prints how well the margin, the artist prior and the doubt that joins
+them find the planted ones: AUROC, average precision, and the share of them in the first 5 %. Flips
+go to any other style that has paintings, or to the style with which a model without flips confuses
+the true one most often. With --stand-in, the network is the small pretrained one of
+tests/standin.py, which says what to install.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import test_model
@@ -30,11 +30,14 @@ def train_and_test(data_dir, class_names, listed, folder, flags):
     """Train and test on the lists; return the rows of predictions.csv and of outliers.csv."""
     write_lists(folder / "lists", "style", class_names, list(listed["train"].items()),
                 list(listed["test"].items()))
-    places = [f"--data-dir={data_dir}", f"--small-dir={folder.parent / 'small'}",
-              f"--output-dir={folder}"]
-    if train_model.main([*places, f"--lists-dir={folder / 'lists'}", *flags]):
+    flags = [f"--cache-dir={folder.parent / 'cache'}", *flags, f"--data-dir={data_dir}",
+             f"--output-dir={folder}"]
+    if train_model.main([*flags, f"--lists-dir={folder / 'lists'}"]):
         sys.exit(1)
-    if test_model.main([*places, "--outliers-per-class=1000000"]):
+    settings = {name: getattr(train_model, name) for name in train_model.SHARED}
+    parser = train_model.make_parser("", settings, train_model.__file__)
+    shared = vars(parser.parse_known_args(flags)[0])
+    if test_model.main([f"--{name.replace('_', '-')}={value}" for name, value in shared.items()]):
         sys.exit(1)
     tables = []
     for name in ("predictions.csv", "outliers.csv"):
@@ -58,33 +61,30 @@ def flip(listed, choose, seed):
 
 def describe(kind, rows, run, planted):
     """Print how well three scores find the planted labels among the rows."""
-    doubt, margins = [float(row["doubt"]) for row in rows], np.zeros(len(rows))
-    for part in train_model.PARTS:
-        own = np.array([row["part"] == part for row in rows])
-        margins[own] = test_model.rank_shares(
-            [float(row["margin"]) for row in rows if row["part"] == part])
-    testify = test_model.make_witness(run["split"], "style", run["class_names"])
+    parts = {part: np.array([row["part"] == part for row in rows]) for part in train_model.PARTS}
+    margins = np.array([float(row["margin"]) for row in rows])
+    for inside in parts.values():  # margins of training and of the test differ in size
+        margins[inside] = (margins[inside] - margins[inside].mean()) / margins[inside].std()
+    prior = test_model.make_prior(run["split"], "style", run["class_names"])
     label_of = {path: label for labels in run["split"].values() for path, label in labels.items()}
-    scores = [testify(row["path"], label_of[row["path"]])["score"] for row in rows]
-    witness = np.nan_to_num(scores)  # 0 where there is none
-    doubt = np.array(doubt)
-    parts = {"the whole collection": np.ones(len(rows), dtype=bool)} | {
-        part: np.array([row["part"] == part for row in rows]) for part in train_model.PARTS}
+    scores = np.array([prior(row["path"], label_of[row["path"]])["score"] for row in rows])
+    doubt = np.array([float(row["doubt"]) for row in rows])
     truth = np.array([row["path"] in planted for row in rows])
-    for place, inside in parts.items():
-        for name, values in (("margin", margins), ("witness", witness), ("doubt", doubt)):
-            order = np.argsort(-values[inside], kind="stable")
-            ranked, number = truth[inside][order], truth[inside].sum()
-            early = ranked[: round(len(ranked) / 20)].sum()
-            print(f"{kind}, {place}, {name}: AUROC "
-                  f"{roc_auc_score(truth[inside], values[inside]):.3f}, precision "
-                  f"{ranked[:number].mean():.2f}, {early} of {number} planted in the first 5 %")
+    for place, inside in ({"all": np.full(len(rows), True)} | parts).items():
+        for name, values in (("margin", margins), ("prior", np.nan_to_num(scores)),
+                             ("doubt", doubt)):  # without a prior, its score is 0
+            wrong, found = truth[inside], values[inside]
+            first = np.argsort(-found, kind="stable")[: round(len(found) / 20)]
+            print(f"{kind}, {place}, {name}: AUROC {roc_auc_score(wrong, found):.3f}, average "
+                  f"precision {average_precision_score(wrong, found):.3f}, "
+                  f"{wrong[first].sum() / wrong.sum():.0%} of {wrong.sum()} in the first 5 %")
 
 
 def main():
     """Run the measurement."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], epilog="All flags are those of train_model.py.")
+        description=__doc__.partition("\n")[0], allow_abbrev=False,
+        epilog="All other flags are those of train_model.py.")
     parser.add_argument("data_dir")
     parser.add_argument("lists_dir", type=Path)
     parser.add_argument("--flips", type=int, default=0, dest="seed", help="their seed [0]")
@@ -93,7 +93,7 @@ def main():
     data_dir = options.data_dir
     try:
         class_names, labels, test_list = train_model.read_lists(options.lists_dir, "style")
-    except ValueError as error:
+    except (train_model.InputError, OSError) as error:
         sys.exit(f"error: {error}")
     listed = {"train": {path: label for path, label in labels.items() if path not in test_list},
               "test": {path: labels[path] for path in labels if path in test_list}}

@@ -96,23 +96,76 @@ def test_half_precision_is_for_the_resnet_alone(model):
 
 
 def test_a_frozen_resnet_stays_as_it_is():
+    """So do fixed norms after it is unfrozen, but for their weights."""
     torch.manual_seed(1)
     model = tm.ArtClassifier(3)
     before = {name: value.clone() for name, value in model.features.state_dict().items()}
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    model.start_training(frozen=True)
+
+    def unmoved():
+        return all(torch.equal(value, before[name])
+                   for name, value in model.features.state_dict().items())
+
+    model.start_training(pretrained=True, frozen=True)
     feature_map = model.features(images)
     assert not feature_map.requires_grad  # no gradient, so no activation is kept for one
     model(images).sum().backward()
     assert all(parameter.grad is None for parameter in model.features.parameters())
-    assert model.linear.weight.grad is not None
-    for name, value in model.features.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    model.start_training(frozen=False)
+    assert model.linear.weight.grad is not None and unmoved()
+    model.start_training(pretrained=True, frozen=False)
+    model(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.features.parameters())
+    assert unmoved()
+    model.start_training(pretrained=False, frozen=False)
     model(images).sum().backward()
     assert all(parameter.grad is not None for parameter in model.features.parameters())
     assert not torch.equal(model.features.resnet.bn1.running_mean,
                            before["resnet.bn1.running_mean"])
+
+
+def test_fixed_norms_are_those_of_torchvisions_resnet():
+    """In double precision: the same features, and the same gradient of every weight."""
+    torch.manual_seed(2)
+    features, resnet = tm.FeatureExtractor().double(), resnet50().double()
+    for module in features.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as training leaves them
+            for value, low in ((module.weight, 0.5), (module.running_var, 0.5), (module.bias, -0.5),
+                               (module.running_mean, -0.5)):
+                nn.init.uniform_(value, low, low + 1)
+    resnet.load_state_dict(features.resnet.state_dict(), strict=False)
+    resnet.avgpool = resnet.fc = nn.Identity()
+    features.eval()
+    resnet.eval()
+    images = torch.rand(2, 3, 64, 64, dtype=torch.double) * 255
+    own, expected = features(images), resnet((images - features.mean) / features.std)
+    torch.testing.assert_close(own.flatten(1), expected)
+    weights = torch.rand_like(expected)
+    (own.flatten(1) * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradients = dict(resnet.named_parameters())
+    for name, parameter in features.resnet.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, msg=name)
+
+
+def test_fixed_norms_halve_what_is_kept_for_the_backward_pass():
+    """Of each picture, in half precision."""
+    def kept(pretrained, count):
+        torch.manual_seed(0)
+        model = tm.ArtClassifier(3).to(memory_format=torch.channels_last)
+        model.precision = torch.bfloat16
+        model.start_training(pretrained, frozen=False)
+        tensors = {}  # by their addresses, since several share one memory
+
+        def keep(tensor):
+            tensors[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.randint(0, 256, (count, 3, 96, 96), dtype=torch.uint8))
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+    trained, fixed = (kept(pretrained, 4) - kept(pretrained, 2) for pretrained in (False, True))
+    assert 0 < fixed < 0.6 * trained
 
 
 def rows_in_order(count, generator):

@@ -1,11 +1,12 @@
 """Several processes by torchrun: what the first says is done, and it is what one alone does."""
 
 import csv
-import os
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,8 @@ import torch
 
 import test_model
 import train_model as tm
-from tests.conftest import QUICK, TINY, folders
+from tests.conftest import QUICK, ROOT, TINY, folders, folders_to_test
 
-ROOT = Path(__file__).resolve().parent.parent
 START = (f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n{TINY}"
          "rank = os.environ['RANK']\n")
 # Prints the norm of each step's gradient, of all processes; and before an evaluation whether all
@@ -42,13 +42,17 @@ torch.nn.utils.clip_grad_norm_, tm.evaluate = clip_and_print, evaluate_alike
 """
 
 
-def torchrun(script, code):
-    """Run code, with the tiny network, in two processes on the CPU; return the finished process."""
+def command_of(script, code, *flags):
+    """Return the command that runs code, with the tiny network, in two processes."""
     script.write_text(START + code, encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(script)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            *flags, str(script)]
+
+
+def torchrun(script, code):
+    """Run code in two processes on the CPU; return the finished process."""
+    return subprocess.run(command_of(script, code), cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
 
 
 def norms(text):
@@ -56,46 +60,48 @@ def norms(text):
 
 
 @pytest.fixture(scope="module")
-def together(finished, tmp_path_factory):
-    """Return what two processes print that train, test, and go on with another's run, and flags.
+def together(finished_in, tmp_path_factory):
+    """Return what two processes print that train, test, and resume another's run, and flags.
 
-    The second has other flags throughout. Norms are fixed in the first run, and nothing is dropped,
-    so that shares of a batch can be compared with the whole.
+    The second has other flags throughout. They train and test in float32, so that shares of a batch
+    can be compared with the whole, for which nothing is dropped and norms are fixed; and resume a
+    run in bfloat16.
     """
-    folder = tmp_path_factory.mktemp("together")
+    folder, finished = tmp_path_factory.mktemp("together"), finished_in("bfloat16")
     torch.manual_seed(6)
     torch.save(tm.resnet50().state_dict(), folder / "resnet.pth")
     shutil.copytree(finished.folder / "wikiart", folder / "wikiart")
     flags = [*folders(folder), *QUICK, "--weights", str(folder / "resnet.pth"), "--dropout", "0",
              "--frozen-epochs", "0", "--epochs", "1"]
-    places = [*flags[:2], *flags[4:8], "--workers", "0"]
+    flags_to_test = [*folders_to_test(folder), "--workers", "0"]
     shutil.copytree(finished.out, folder / "others")
-    going_on = [*finished.flags, "--output-dir", str(folder / "others"), "--epochs", "3"]
-    other = ["--batch-size", "7", "--seed", "3", "--epochs", "9", "--data-dir", "nowhere",
-             "--output-dir", str(folder / "elsewhere"), "--workers", "1"]
+    resuming = [*finished.flags, "--output-dir", str(folder / "others"), "--epochs", "3"]
+    other = ["--batch-size", "7", "--data-dir", "nowhere", "--output-dir",
+             str(folder / "elsewhere"), "--workers", "1"]
     code = f"""{WATCHED}
 tm.distributed.destroy_process_group = lambda: None
 other = {other!r} if rank == "1" else []
 print("### train")
-assert tm.main([*{flags!r}, *other]) == 0
+assert tm.main([*{flags!r}, *other, *(["--seed", "3", "--epochs", "9"] if other else [])]) == 0
 tm.join_processes = lambda: None  # they still are
 print("### test")
-other = [flag for flag in other if flag not in ("--seed", "3", "--epochs", "9")]
-assert test_model.main([*{places!r}, *other]) == 0
-print("### go on")
-assert tm.main([*{going_on!r}, *other]) == 0
+assert test_model.main([*{flags_to_test!r}, *other]) == 0
+print("### resume")
+from tests.conftest import use_precision
+use_precision("bfloat16")
+assert tm.main([*{resuming!r}, *other]) == 0
 """
     run = torchrun(folder / "run.py", code)
     assert run.returncode == 0, run.stderr
     printed = dict(part.split("\n", 1) for part in run.stdout.split("### ")[1:])
-    return SimpleNamespace(folder=folder, flags=flags, places=places, going_on=going_on,
-                           printed=printed)
+    return SimpleNamespace(folder=folder, flags=flags, flags_to_test=flags_to_test,
+                           resuming=resuming, printed=printed)
 
 
 def test_two_processes_train_as_one(together, tmp_path, monkeypatch, capsys):
     """The same split, batches, crops and gradients, all of them by the first process's flags."""
     out, folder = together.printed["train"], together.folder
-    assert len(re.findall(r"(?m)^ +1/1 ", out)) == out.count("small copies: 40 written") == 1
+    assert len(re.findall(r"(?m)^ +1/1 ", out)) == out.count("resized copies: 40 made") == 1
     assert out.count("alike\n") == 1 and not (folder / "elsewhere").exists()
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)
@@ -108,9 +114,9 @@ def test_two_processes_train_as_one(together, tmp_path, monkeypatch, capsys):
                     for path in (folder / "out", tmp_path))
     for name in ("split", "settings", "class_names", "split_source"):
         assert joint[name] == alone[name]
-    for part in ("train", "validation"):
-        torch.testing.assert_close(joint["margins"][part], alone["margins"][part], atol=2e-3,
-                                   rtol=0)
+    assert joint["margins"].keys() == alone["margins"].keys() and len(alone["margins"]) == 35
+    for path, values in alone["margins"].items():
+        assert joint["margins"][path] == pytest.approx(values, abs=2e-3), path
     for name in ("training_loss", "validation_loss"):
         assert joint["history"][0][name] == pytest.approx(alone["history"][0][name], rel=2e-3)
 
@@ -124,22 +130,25 @@ def test_two_processes_test_as_one(together, capsys):
 
     two = rows()
     table.unlink()
-    assert test_model.main(together.places) == 0
-    assert len(two) == 5 and [row | {"probability": 0, "class_probability": 0} for row in two] == [
-        row | {"probability": 0, "class_probability": 0} for row in rows()]
-    for name in ("probability", "class_probability"):
-        assert [float(row[name]) for row in two] == pytest.approx(
-            [float(row[name]) for row in rows()], abs=1e-4)
+    assert test_model.main(together.flags_to_test) == 0
+    alone = rows()
+    assert len(two) == len(alone) == 5
+    for name in alone[0]:
+        if "probability" in name:
+            assert [float(row[name]) for row in two] == pytest.approx(
+                [float(row[name]) for row in alone], abs=1e-4)
+        else:
+            assert [row[name] for row in two] == [row[name] for row in alone]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("Test accuracy: ") and together.printed["test"].splitlines()[-1] == last
 
 
-def test_going_on_with_another_number_of_processes(together):
-    """A run of one process goes on in two, whose norms see shares of batches, and in one again."""
-    out = together.printed["go on"]
-    assert out.count("going on after epoch 2") == len(re.findall(r"(?m)^ +3/3 ", out)) == 1
-    assert out.count("alike\n") == 1
-    assert tm.main([*together.going_on, "--epochs", "4"]) == 0
+def test_resuming_with_another_number_of_processes(together):
+    """A run of one process resumes in two, whose norms see shares of batches, and in one again."""
+    out = together.printed["resume"]
+    assert out.count("resuming after epoch 2") == len(re.findall(r"(?m)^ +3/3 ", out)) == 1
+    assert out.count("alike\n") == 1 and "bfloat16" in out
+    assert tm.main([*together.resuming, "--epochs", "4"]) == 0
     last = tm.load_checkpoint(together.folder / "others/model_last.pth")
     assert [row["epoch"] for row in last["history"]] == [1, 2, 3, 4]
 
@@ -147,7 +156,7 @@ def test_going_on_with_another_number_of_processes(together):
 def test_an_error_of_the_first_process_ends_the_others_without_a_traceback(together, tmp_path):
     """And one process alone classifies one's own pictures, one of which is none."""
     (tmp_path / "junk.jpg").write_text("no picture")
-    flags = [str(tmp_path), str(together.folder / "wikiart/Cubism"), *together.places]
+    flags = [str(tmp_path), str(together.folder / "wikiart/Cubism"), *together.flags_to_test]
     run = torchrun(tmp_path / "run.py", f"""
 import signal
 if rank == "1":  # else torchrun ends it, perhaps before it says a word
@@ -161,24 +170,70 @@ sys.exit(test_model.main({flags!r}))
     assert 'test_model.py", line' not in run.stderr and 'train_model.py", line' not in run.stderr
 
 
-def test_a_process_that_dies_ends_the_others(together, finished, tmp_path):
-    shutil.copytree(finished.out, tmp_path / "out")
-    before = (tmp_path / "out/model_last.pth").read_bytes()
-    run = torchrun(tmp_path / "run.py", f"""
-import signal
-if rank == "1":
-    tm.train_epoch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-sys.exit(tm.main({[*finished.flags, "--output-dir", str(tmp_path / "out"), "--epochs", "9"]!r}))
-""")
-    assert run.returncode != 0 and "SIGKILL" in run.stderr
-    assert (tmp_path / "out/model_last.pth").read_bytes() == before
+def test_processes_and_torchrun_may_die(finished, tmp_path):
+    """One that dies ends the other; torchrun, if told to, starts both again, which resume.
+
+    And where torchrun is killed alone, none of them is left.
+    """
+    last = shutil.copytree(finished.out, tmp_path / "out") / "model_last.pth"
+    shutil.copy(last, tmp_path / "before.pth")
+    flags = [*finished.flags, "--output-dir", str(tmp_path / "out"), "--epochs", "9"]
+    command = command_of(tmp_path / "run.py", f"""
+import signal, time
+from pathlib import Path
+folder, train_epoch = Path({str(tmp_path)!r}), tm.train_epoch
+
+def train_one_and_wait(*given):
+    tm.train_epoch = wait
+    return train_epoch(*given)
+
+def wait(*_):
+    (folder / f"{{os.getpid()}}.pid").touch()
+    time.sleep(300)
+
+tm.train_epoch = train_one_and_wait
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if rank == "1":
+        tm.train_epoch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+elif rank == "0":
+    assert Path({str(last)!r}).read_bytes() == (folder / "before.pth").read_bytes()
+sys.exit(tm.main({flags!r}))
+""", "--max-restarts", "1")
+    numbers, deadline = [], time.monotonic() + 120
+    with (open(tmp_path / "printed", "w") as printed,
+          subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=printed) as run):
+        while len(numbers) < 2 and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+            numbers = [int(file.stem) for file in tmp_path.glob("*.pid")]
+        run.kill()
+    printed = (tmp_path / "printed").read_text()
+    assert len(numbers) == 2, printed
+    assert printed.count("resuming after epoch 2") == 2
+    history = tm.load_checkpoint(last)["history"]
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    deadline = time.monotonic() + 30
+    while any(map(is_running, numbers)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(is_running, numbers))
+
+
+def is_running(number):
+    """Return whether there is a process of this number that has not ended."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_fewer_paintings_a_batch_than_processes_are_refused_early(monkeypatch):
-    monkeypatch.setattr(tm, "WORLD_SIZE", 4)
-    parser = tm.make_parser(tm.__doc__, tm.SETTINGS, tm.__file__)
-    with pytest.raises(ValueError, match="BATCH_SIZE must be a whole number from 4 to"):
-        tm.check_settings(parser.parse_args(["--batch-size", "3"]))
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location("one_of_four", tm.__file__)
+    first = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(first)
+    settings = SimpleNamespace(batch_size=3)
+    with pytest.raises(first.InputError, match="BATCH_SIZE must be from 4 to"):
+        first.check_settings(settings)
 
 
 def test_more_processes_than_gpus_is_an_error(monkeypatch, capsys):
@@ -195,15 +250,15 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch, capsys):
 
 def test_batches_that_cannot_be_shared_are_an_error(monkeypatch):
     monkeypatch.setattr(tm, "WORLD_SIZE", 4)
-    with pytest.raises(ValueError, match="4 processes cannot share .* 2 paintings.*BATCH_SIZE"):
-        tm.Batches(10, 2)
+    with pytest.raises(tm.InputError, match="4 processes cannot share a batch of 2"):
+        tm.EpochBatchSampler(10, 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("seed", [1, None])
 def test_shares_of_a_batch_are_the_batch(monkeypatch, count, seed):
     def batches():
-        made = tm.Batches(43, 8, seed)
+        made = tm.EpochBatchSampler(43, 8, seed)
         made.epoch = 2
         return list(made), made.sizes
 
