@@ -40,8 +40,8 @@ def examine(finished, out, *more):
     flags = [*folders_to_test(finished.folder), "--output-dir", str(out), "--workers", "0"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert test_model.main([*flags, *more]) == 0
-    tables = {name: read(out / f"{name}.csv") if (out / f"{name}.csv").exists() else None
-              for name in ("predictions", "outliers", "twins", "classes", "confusion")}
+    tables = {name: read(out / f"{name}.csv") for name in ("predictions", "outliers")
+              if (out / f"{name}.csv").exists()}
     return SimpleNamespace(out=out, flags=flags, lines=printed.getvalue().splitlines(), **tables)
 
 
@@ -190,13 +190,10 @@ def test_outputs_that_are_not_finite_are_no_result(finished, tested, tmp_path, c
     assert [path.name for path in tmp_path.glob("[!.]*")] == ["model_best.pth"]
 
 
-def test_other_numbers_of_views_are_refused(tested, tmp_path, capsys):
-    shutil.copy(tested.out / "model_best.pth", tmp_path)
+def test_other_numbers_of_views_are_refused(tested, capsys):
     for views in ("0", "2", "-3"):
-        assert test_model.main(
-            [*tested.flags, "--output-dir", str(tmp_path), f"--views={views}"]) == 1
+        assert test_model.main([*tested.flags, f"--views={views}"]) == 1
         assert re.fullmatch(f"error: VIEWS .* {views}", capsys.readouterr().err.strip())
-    assert [path.name for path in tmp_path.glob("[!.]*")] == ["model_best.pth"]
 
 
 # ---------------------------------------------------------------------------- mislabelled paintings
@@ -363,55 +360,48 @@ def test_planted_labels_of_painted_pictures_are_found(tmp_path):
 # -------------------------------------------------------------------------------------------- page
 
 
-class Page(HTMLParser):
-    """Collect what a page holds, and fail where a tag is not closed in order."""
+class Nesting(HTMLParser):
+    """Fail where a tag is not closed in order."""
 
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.text, self.images = [], [], "", []
-        self.feed(text)
-        self.close()
-        assert self.open == []
+    void, open = ("img", "meta", "br", "wbr", "path", "circle", "polyline"), ()
 
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "img":
-            self.images.append(dict(attributes))
-        if tag not in ("img", "meta", "br", "wbr", "path", "circle", "polyline"):
-            self.open.append(tag)
+    def handle_starttag(self, tag, _):
+        self.open = (*self.open, tag) if tag not in self.void else self.open
 
     def handle_endtag(self, tag):
-        if tag not in ("path", "circle", "polyline"):
-            assert self.open.pop() == tag
+        assert tag in self.void or self.open[-1] == tag
+        self.open = self.open[:-1] if tag not in self.void else self.open
 
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
+    def handle_startendtag(self, tag, _):
+        assert tag in self.void
 
 
-def check_page(content):
-    """Return the parsed page after checking that it stands alone."""
-    page = Page(content.decode("utf-8"))
-    names = {tag for tag, _ in page.tags}
-    assert {"h1", "h2", "table", "caption", "figure", "img"} <= names
-    assert not {"script", "link", "iframe", "object"} & names
-    for _, attributes in page.tags:
-        assert not any(name.startswith("on") for name in attributes)
-        assert attributes.get("src", "data:").startswith("data:")
-        assert attributes.get("href", "#").startswith("#")
-        assert "url(" not in attributes.get("style", "")
-    assert all(image["alt"] for image in page.images)
+def page_of(folder):
+    """Return the parsed page in a folder after checking that it stands alone."""
+    content = (folder / "report.html").read_text(encoding="utf-8")
+    nesting = Nesting()
+    nesting.feed(content)
+    assert not nesting.open
+    page = BeautifulSoup(content, "html.parser")
+    assert all(map(page.find, ("h1", "h2", "table", "caption", "figure", "img")))
+    assert not page.find(["script", "link", "iframe", "object", "base"])
+    for tag in page.find_all():
+        assert not any(name.startswith("on") for name in tag.attrs)
+        assert tag.get("src", "data:").startswith("data:")
+        assert tag.get("href", "#").startswith("#")
+        assert "url(" not in tag.get("style", "")
+    assert all(image["alt"] for image in page.find_all("img"))
     return page
 
 
 def test_the_page_of_a_run(tested):
-    page = check_page((tested.out / "report.html").read_bytes())
-    text = " ".join(page.text.split())
+    page = page_of(tested.out)
+    text = " ".join(page.get_text().split())
+    assert "missing" not in "\n".join(tested.lines)  # for none is
     right = sum(row["class"] == row["predicted"] for row in tested.predictions)
     assert f"{100 * right / 5:.2f}%" in text and f"{right} of 5 paintings" in text
-    assert {row["path"] for row in tested.predictions} <= {image["alt"] for image in page.images}
+    shown = {image["alt"] for image in page.find_all("img")}
+    assert {row["path"] for row in tested.predictions} <= shown
     for name, value in tm.load_checkpoint(tested.out / "model_best.pth")["settings"].items():
         assert f"{name}{value}" in text, name
 
@@ -445,12 +435,11 @@ def test_a_page_of_27_classes_with_hostile_names(tmp_path):
                                cache_dir=tmp_path / "cache", image_size=64)
     test_model.write_results(run, test, logits[None],
                              dict.fromkeys(test, tmp_path / "noise.jpg"), settings)
-    content = (tmp_path / "report.html").read_bytes()
-    assert len(content) < 6_000_000
-    page = check_page(content)
-    assert "<script>alert(1)</script> 0" in page.text
-    assert len(page.images) > 27 * 7  # six of each class, and those at the top
-    assert not {"u", "s"} & {tag for tag, _ in page.tags}
+    assert (tmp_path / "report.html").stat().st_size < 6_000_000
+    page = page_of(tmp_path)
+    assert "<script>alert(1)</script> 0" in page.get_text()
+    assert len(page.find_all("img")) > 27 * 7  # six of each class, and those at the top
+    assert not page.find(["u", "s"])
     assert len(read(tmp_path / "outliers.csv")) == count + 1
 
 
@@ -498,10 +487,8 @@ def counted(tmp_path, capsys):
         "device": "cpu, torch.float32", "torch": "9.9"}
     places = SimpleNamespace(output_dir=out, data_dir=data, cache_dir=tmp_path / "cache",
                              image_size=64)
-
     test_model.write_results(run, test, views, copies, places)
-    page = BeautifulSoup((out / "report.html").read_text(encoding="utf-8"), "html.parser")
-    return SimpleNamespace(page=page, lines=capsys.readouterr().out.splitlines(), out=out,
+    return SimpleNamespace(page=page_of(out), lines=capsys.readouterr().out.splitlines(), out=out,
                            history=history)
 
 
@@ -526,10 +513,6 @@ def test_what_is_printed_was_counted(counted):
     assert "top-5" not in text  # of four classes
     assert counted.lines[-1] == ("Test accuracy: 50.00 % (6 of 12 paintings; 95 % interval 25.4 to "
                                  "74.6 %) - no better than guessing")
-
-
-def test_a_test_that_is_complete_tells_of_nothing_missing(tested):
-    assert "missing" not in "\n".join(tested.lines)
 
 
 def test_the_tables_for_programs_were_counted(counted):
@@ -561,16 +544,18 @@ def test_the_tables_for_programs_were_counted(counted):
 def test_the_tables_of_the_page_were_counted(counted):
     page = counted.page
     assert page.find("h1").find("b").get_text() == "50.00%"
-    words = " ".join(page.find("header").get_text().split())
-    for value in ("25.4% to 74.6%", "33.33%", "6 of 12 paintings", "guessing"):
-        assert value in words, value
+    for part, values in (
+            (page.find("header"), ("25.4% to 74.6%", "33.33%", "6 of 12 paintings", "guessing")),
+            (page, ("22 train", "4 validation", "13 test", "3 of 3 epochs", "1:40:00", "torch 9.9",
+                    "cpu, torch.float32"))):
+        words = " ".join(part.get_text().split())
+        assert all(value in words for value in values), words
     assert [bar[-5:] for bar in texts(page.select(".bars > div"))] == ["50.0%", "50.0%", "58.3%"]
     assert page.select_one(".bars i")["style"] == "left:25.38%;width:49.24%"
     assert texts(page.select("header ~ dl b"))[:1] == ["48.1%"]  # of four classes no top five
-    head, *rows = cells(page.find("table", "classes"))
-    assert rows == [["Naive Art", "4", "50.0%", "75.0%", "60.0%"],
-                    ["Cubism", "6", "66.7%", "33.3%", "44.4%"],
-                    ["Ukiyo e", "2", "33.3%", "50.0%", "40.0%"], ["Zen", "0", "–", "–", "–"]]
+    assert cells(page.find("table", "classes"))[1:] == [
+        ["Naive Art", "4", "50.0%", "75.0%", "60.0%"], ["Cubism", "6", "66.7%", "33.3%", "44.4%"],
+        ["Ukiyo e", "2", "33.3%", "50.0%", "40.0%"], ["Zen", "0", "–", "–", "–"]]
     matrix = page.find("table", "matrix")  # of the classes that occur
     assert cells(matrix) == [["", "Cubism", "Naive Art", "Ukiyo e"], ["Cubism", "2", "2", "2"],
                              ["Naive Art", "1", "3", ""], ["Ukiyo e", "", "1", "1"]]
@@ -625,8 +610,7 @@ def test_later_epochs_count_if_they_are_of_this_run(finished, tested, tmp_path, 
         (tmp_path / "model_last.pth").write_bytes(b"damaged")
     other = examine(finished, tmp_path)
     assert other.lines[-1] == tested.lines[-1] and other.predictions == tested.predictions
-    page = BeautifulSoup((tmp_path / "report.html").read_text(encoding="utf-8"), "html.parser")
-    values, dot = read_off(page.find_all("svg")[1], "validation")
+    values, dot = read_off(page_of(tmp_path).find_all("svg")[1], "validation")
     drawn = (last if kind == "of this run" else best)["history"]
     assert values == pytest.approx([100 * row["validation_accuracy"] for row in drawn], abs=0.02)
     assert dot == len(best["history"]) - 1
@@ -657,25 +641,12 @@ def test_the_gallery_shows_the_right_paintings(counted):
     assert {"Cubism", "30%", "Naive", "20", "0%"} <= set(re.split(r"[ ,;:]+", said[2][0]))
 
 
-def test_the_page_says_how_it_was_made(counted):
-    words = " ".join(counted.page.get_text().split())
-    for value in ("22 train", "4 validation", "13 test", "3 of 3 epochs", "1:40:00", "9.9",
-                  "cpu, torch.float32"):
-        assert value in words, value
-
-
 def test_outliers_have_their_pictures_on_a_fresh_disk(finished, tmp_path):
     """Those of training too, which testing itself does not need; a damaged copy does no harm."""
     more = ["--cache-dir", str(tmp_path / "cache")]
     tested = examine(finished, tmp_path / "out", *more)
-
-    def figures():
-        page = BeautifulSoup((tested.out / "report.html").read_text(encoding="utf-8"),
-                             "html.parser")
-        return page.select(".gallery figure"), page.select(".gallery img")
-
-    shown, images = figures()
-    assert len(shown) == len(images)
+    figures, images = map(page_of(tested.out).select, (".gallery figure", ".gallery img"))
+    assert len(figures) == len(images)
     doubtful = [row for row in tested.outliers if float(row["margin"]) > 0]
     first = [row for name in set(finished.painted.values()) for row in
              [row for row in doubtful if row["class"] == name][:test_model.GALLERY]]
@@ -688,15 +659,14 @@ def test_outliers_have_their_pictures_on_a_fresh_disk(finished, tmp_path):
         if copy.name not in names:
             copy.write_bytes(copy.read_bytes()[:200])
     examine(finished, tmp_path / "out", *more)
-    shown, images = figures()
-    assert 0 < len(images) < len(shown)
+    assert 0 < len(page_of(tested.out).select(".gallery img")) < len(figures)
 
 
 # --------------------------------------------------------------- other machines, disks that refuse
 
 
 def test_another_machine_needs_the_checkpoint_and_the_paintings(finished, tested, tmp_path):
-    """The test paintings, one of them gone, one broken; one, and one of training, respelt."""
+    """Only the test paintings are there, one under another spelling, one gone, one broken."""
     paths = [row["path"] for row in tested.predictions]
     for path in paths:
         (tmp_path / "wikiart" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -705,10 +675,6 @@ def test_another_machine_needs_the_checkpoint_and_the_paintings(finished, tested
     (tmp_path / "wikiart" / paths[1]).write_bytes(b"broken")
     spelling = paths[2].replace("_study", "_\u0301study")
     (tmp_path / "wikiart" / paths[2]).rename(tmp_path / "wikiart" / spelling)
-    trained = next(row for row in tested.outliers if row["part"] == "train")
-    respelt = trained["path"].replace("_study", "_\u0301study")
-    (tmp_path / "wikiart" / respelt).parent.mkdir(exist_ok=True)
-    shutil.copy(finished.folder / "wikiart" / trained["path"], tmp_path / "wikiart" / respelt)
     other = examine(finished, tmp_path / "out", *folders_to_test(tmp_path))
     assert "2 of 5 test paintings" in "\n".join(other.lines)
     right = sum(row["class"] == row["predicted"] for row in tested.predictions[2:])
@@ -716,19 +682,18 @@ def test_another_machine_needs_the_checkpoint_and_the_paintings(finished, tested
     assert [row["path"] for row in other.predictions] == [spelling, *paths[3:]]
     assert [row["predicted"] for row in other.predictions] == [
         row["predicted"] for row in tested.predictions[2:]]
-    outliers = {row["path"]: row for row in other.outliers}
-    assert len(outliers) == 38 and outliers[respelt]["margin"] == trained["margin"]
+    assert len(other.outliers) == 38
 
 
-@pytest.mark.parametrize("respelt", ["split", "margins"])
+@pytest.mark.parametrize("respelt", ["neither", "split", "margins"])
 def test_margins_follow_their_paintings(finished, tested, tmp_path, respelt):
-    """A run was resumed on a disk with another spelling: its split, or its margins, know it."""
+    """To a disk with another spelling; where a run was resumed there, split or margins know it."""
     shutil.copytree(finished.folder / "wikiart", tmp_path / "wikiart")
     best = tm.load_checkpoint(finished.out / "model_best.pth")
     path = min(best["split"]["train"])
     spelling = path.replace("_study", "_\u0301study")
     (tmp_path / "wikiart" / path).rename(tmp_path / "wikiart" / spelling)
-    holder = best["split"]["train"] if respelt == "split" else best["margins"]
+    holder = {"split": best["split"]["train"], "margins": best["margins"]}.get(respelt, {path: 0})
     holder[spelling] = holder.pop(path)
     torch.save(best, tmp_path / "model_best.pth")
     other = examine(SimpleNamespace(folder=finished.folder, out=tmp_path), tmp_path / "out",

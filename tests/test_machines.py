@@ -260,8 +260,8 @@ def read_only(monkeypatch):
         return real_handle(path, flags, *given, **options)
 
     def access(path, mode, **options):
-        with_write = any(str(path).startswith(f"{folder}") for folder in folders) and mode & os.W_OK
-        return not with_write and real_access(path, mode, **options)
+        inside = any(str(path).startswith(f"{folder}") for folder in folders)
+        return not (inside and mode & os.W_OK) and real_access(path, mode, **options)
 
     monkeypatch.setattr(builtins, "open", open_file)
     monkeypatch.setattr(os, "open", open_handle)
@@ -494,7 +494,7 @@ def grow(shared, tree, data):
     return lines
 
 
-def test_a_tree_of_numbers(shared, tmp_path, capsys):
+def test_a_tree_of_numbers(shared, tmp_path):
     """Files 1.jpg to 8.jpg in each of four classes: numbers are no titles, so there is no twin."""
     grow(shared, "numbered_4_classes", tmp_path / "wikiart")
     assert tm.main([*folders(tmp_path), *QUICK, "--epochs", "1"]) == 0
@@ -504,7 +504,7 @@ def test_a_tree_of_numbers(shared, tmp_path, capsys):
 
 
 def test_a_tree_of_first_names(shared, tmp_path, capsys):
-    """A word of warning, since First_Last_1.jpg tells the first name only."""
+    """A word of warning, since First_Last_1.jpg gives only the first name."""
     lines = grow(shared, "first_names", tmp_path / "wikiart")
     flags = [*folders(tmp_path), "--attribute", "artist", "--min-paintings", "3", "--epochs", "0"]
     assert tm.main(flags) == 0
@@ -650,7 +650,7 @@ def test_a_quota_of_the_container_counts(large_machine):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_little_shared_memory_has_fewer_workers(large_machine):
-    """64 MB, as in Docker, hold three batches of 64 crops of 224 pixels, but 200 of 8 of 64."""
+    """64 MB, as in Docker, hold six batches of 64 crops of 224 pixels, or 600 of 8 of 64 pixels."""
     def fits(batch_size, image_size, megabytes=64, processes=1):
         large_machine(shared_memory=megabytes * 10**6, processes=processes)
         workers = chosen_workers(batch_size=batch_size, image_size=image_size)

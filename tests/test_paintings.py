@@ -309,11 +309,11 @@ def grey_png(bits, value, clear):
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_a_transparent_grey_is_white_or_refused(tmp_path, bits):
     """At every depth: it is the grey of the file, not that of 8 bits."""
-    most = 2**bits - 1
+    most, rare = 2**bits - 1, (tm.InputError,) if bits in (2, 4) else ()
     for value in {most, most * 2 // 3, 0}:
         for clear, shown in ((value, 255), (most - value, 255 * value / most)):
             (tmp_path / "x.png").write_bytes(grey_png(bits, value, clear))
-            with contextlib.suppress(tm.InputError):
+            with contextlib.suppress(*rare):
                 image = np.asarray(tm.decode(tmp_path / "x.png", 16), int)
                 assert np.abs(image - shown).max() <= 1
 

@@ -176,6 +176,7 @@ BAD_INPUT = [
     (["--learning-rate", "nan"], "LEARNING_RATE .* nan"),
     (["--learning-rate", "1e999"], "LEARNING_RATE .* inf"),
     (["--dropout", "1"], "DROPOUT .* 1"),
+    (["--weight-decay", "-1"], "WEIGHT_DECAY .* -1"),
     (["--workers", "-2"], "WORKERS .* -2"),
     (["--seed", "-1"], "SEED .* -1"),
     (["--group-by", "museum"], "GROUP_BY .*painting.*artist.* 'museum'"),
