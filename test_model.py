@@ -629,19 +629,19 @@ def gallery(rows, words, copies):
             image = (f'<img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}" '
                      f'alt="{html.escape(printable(path))}">')
         artist, _, title = Path(path).stem.replace("-", " ").partition("_")
-        caption = f"{escaped(artist.title())}, {escaped(title, 'i')}" if title else escaped(artist)
-        figures.append(f"<figure>{image}<figcaption>{caption}<br>{words(row)}</figcaption></figure>")
+        name = f"{escaped(artist.title())}, {escaped(title, 'i')}" if title else escaped(artist)
+        figures.append(f"<figure>{image}<figcaption>{name}<br>{words(row)}</figcaption></figure>")
     return f'<div class="gallery">{"".join(figures)}</div>' if figures else "<p>None.</p>"
 
 
-def doubt_words(row):
+def caption(row):
     """Return what model and artist prior say of a painting, as HTML."""
     words = (f"labelled {escaped(row['class'])} ({row['part']}), to the model "
              f"{row['class_probability']:.0%}; model: {escaped(row['model_class'])}")
     if row["prior_class"]:
-        words += (f"<br>of {row['prior_paintings']} others by {escaped(row['prior'].title())} "
-                  f"{row['prior_share']:.0%} have that label, most of the rest "
-                  f"{escaped(row['prior_class'])}")
+        artist = escaped(row["prior"].replace("-", " ").title())
+        words += (f"<br>of {row['prior_paintings']} others by {artist} {row['prior_share']:.0%} "
+                  f"have that label, most of the rest {escaped(row['prior_class'])}")
     return words
 
 
@@ -659,14 +659,14 @@ def doubted(outliers, class_names, copies):
     """Return the paintings most likely to be mislabelled, those on which both agree first."""
     both, shown = select_outliers(outliers)
     groups = {name: [row for row in shown if row["class"] == name] for name in class_names}
-    parts = [f"<h3>{escaped(name)}</h3>\n{gallery(rows, doubt_words, copies)}\n"
+    parts = [f"<h3>{escaped(name)}</h3>\n{gallery(rows, caption, copies)}\n"
              for name, rows in groups.items() if rows]
     return f"""<p>Of {len(outliers):,} paintings, training included, these are the most likely to be
 mislabelled; all are in outliers.csv. The model counts by its margin, in training by that of its
 early epochs; the artist by how the other paintings of that artist are labelled. They are worth a
 second look, no more. Expect false alarms: an artist's early and late works stand out too.</p>
 <h3>Start here: model and artist agree</h3><p>Both name the same other class, and less than 5% of 20
-or more other paintings by the artist have this label.</p>{gallery(both, doubt_words, copies)}
+or more other paintings by the artist have this label.</p>{gallery(both, caption, copies)}
 {"".join(parts)}"""
 
 

@@ -1204,18 +1204,21 @@ def explain(error, batch_size):
     reason = "out of memory" if isinstance(error, MemoryError) else reason
     if isinstance(error, (InputError, OSError)):
         return reason
+    if re.search("Connection (closed|reset)|Broken pipe|ncclRemoteError", reason):
+        return "another process stopped; its own message says why"
     for pattern, advice in (
         ("out of memory|ALLOC_FAILED|can't alloc",
          f"try a smaller BATCH_SIZE, such as --batch-size {max(1, batch_size // 2)}"),
-        ("invalid device ordinal", "torchrun started more processes than there are GPUs: lower "
-         "--nproc-per-node"),
-        ("no kernel image", "this torch is too new for the GPU: see README.md, Old GPUs"),
+        ("invalid device ordinal", "start fewer processes, one for each GPU (--nproc-per-node)"),
+        ("no kernel image|driver version|unable to find an engine|NCCL built in",
+         "this torch does not fit the GPU or its driver: see README.md, Old GPUs"),
+        ("Address already in use|EADDRINUSE", "give torchrun another --master-port"),
         ("shared memory|No space left|DataLoader|Too many open files|ancdata|new thread",
          "use fewer loaders, such as --workers 0, or give Docker a larger --shm-size"),
-        ("(?i)gloo|nccl", "another process stopped; its own message says why"),
+        ("NCCL|[Gg]loo", "the processes cannot reach one another"),
     ):
         if re.search(pattern, reason):
-            return f"{reason.splitlines()[0]}: {advice}"
+            return f"{reason.splitlines()[-1 if 'NCCL error' in reason else 0]}: {advice}"
     return None
 
 
