@@ -476,7 +476,8 @@ def init_worker(_):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = lambda *_: None  # errors in batches that nobody needs
-    end_with(multiprocessing.parent_process().join)  # torch watches the forkserver instead
+    parent = multiprocessing.parent_process()  # torch watches the forkserver instead
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def to_images(pixels, device):
@@ -1096,7 +1097,8 @@ def join_processes():
         attempt = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         distributed.init_process_group("nccl" if cuda else "gloo", store=attempt, rank=RANK,
                                        world_size=WORLD_SIZE)  # old addresses are in the others
-        end_with(wait_for_torchrun)  # which may be killed alone
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # no Linux
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end with torchrun, if it is killed alone
         if RANK > 0:
             sys.stdout = io.StringIO()  # the first process prints for all
 
@@ -1123,18 +1125,6 @@ def gather(outputs, loader):
         distributed.all_gather_object(shares, shares[0], gloo_group())
     indices, outputs = zip(*shares)
     return torch.cat(outputs)[np.argsort(np.concatenate(indices))]
-
-
-def end_with(wait):
-    """End this process when a function, called in a thread, returns."""
-    threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()
-
-
-def wait_for_torchrun():
-    """Return when the process that started this one is gone."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(1)
 
 
 # ------------------------------------------------------------------------- command line and errors
