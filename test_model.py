@@ -467,7 +467,8 @@ path, polyline { fill: none; stroke: var(--line) } .best { stroke: CanvasText }
 polyline { stroke-width: 2 } .matrix .right { outline: 1px solid; outline-offset: -1px }
 table { border-spacing: 0; font-variant-numeric: tabular-nums; line-height: 1.3 }
 th, td { font-weight: 400; text-align: left; padding: .35rem .35rem .35rem 0 }
-.classes { width: 100% } .classes td, .classes th + th { text-align: right }
+.classes { width: 100%; font-size: clamp(.7rem, 3vw, 1rem) }
+.classes td, .classes th + th { text-align: right; white-space: nowrap }
 .matrix { font-size: .75rem } .matrix td { min-width: 1.8rem; height: 1.55rem; padding: 0 .2rem;
   text-align: center; background: rgb(var(--blue) / calc(var(--s, 0) * .75)) }
 .matrix th { min-width: 7rem } .matrix th + th { min-width: 0; vertical-align: bottom }
@@ -636,12 +637,12 @@ def gallery(rows, words, copies):
 
 def caption(row):
     """Return what model and artist prior say of a painting, as HTML."""
-    words = (f"labelled {escaped(row['class'])} ({row['part']}), to the model "
-             f"{row['class_probability']:.0%}; model: {escaped(row['model_class'])}")
+    words = (f"labelled {escaped(row['class'])} {row['class_probability']:.0%} ({row['part']}); "
+             f"model: {escaped(row['model_class'])}")
     if row["prior_class"]:
         artist = escaped(row["prior"].replace("-", " ").title())
-        words += (f"<br>of {row['prior_paintings']} others by {artist} {row['prior_share']:.0%} "
-                  f"have that label, most of the rest {escaped(row['prior_class'])}")
+        words += (f"<br>{row['prior_paintings']} others by {artist}: {row['prior_share']:.0%} "
+                  f"labelled so, most of the rest {escaped(row['prior_class'])}")
     return words
 
 
