@@ -7,7 +7,8 @@
 Reads model_best.pth in OUTPUT_DIR, which names the test paintings, those paintings, and the later
 epochs in model_last.pth if it exists. Writes to OUTPUT_DIR report.html, a page to look at;
 outliers.csv, all paintings, those that look mislabelled first; twins.csv, files of one name in two
-classes; and for programs scores.json, predictions.csv, classes.csv and confusion.csv.
+classes; and for programs scores.json, predictions.csv and, with rows in the same order,
+probabilities.npy (N, classes), classes.csv and confusion.csv.
 
     main                    settings: those of train_model.py, the constants below, and flags
       run_test
@@ -19,6 +20,7 @@ classes; and for programs scores.json, predictions.csv, classes.csv and confusio
 """
 
 import contextlib
+import functools
 import glob
 import html
 import io
@@ -32,6 +34,7 @@ from base64 import b64encode
 from collections import Counter, defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -126,6 +129,7 @@ def write_results(run, labels, views, copies, settings):
         "baselines": baselines(labels, run["split"], run["settings"]["ATTRIBUTE"]),
         "listed": len(run["split"]["test"]),
         "predictions": predict(labels, logits, class_names),
+        "probabilities": logits.double().softmax(1).float().numpy(),
         "outliers": find_outliers(run, labels, margins),
         "twins": find_twins(run["split"], class_names)}
     results["beats_guessing"] = results["interval"][0] > next(iter(results["baselines"].values()))
@@ -134,7 +138,11 @@ def write_results(run, labels, views, copies, settings):
     with contextlib.suppress(OSError):  # then some have no picture
         copies |= train_model.resize_paintings(sorted(shown - copies.keys()), settings.data_dir,
                                                settings.cache_dir, settings.image_size)[0]
-    write_extra(folder / "report.html", make_page(run, results, copies))
+    originals = settings.data_dir  # from the page's folder, if they are on one drive
+    if originals.drive == folder.drive:
+        originals = Path(os.path.relpath(originals, folder))
+    show = functools.partial(gallery, copies=copies, originals=originals.as_posix())
+    write_extra(folder / "report.html", make_page(run, results, show))
     print_results(run, results, folder)
 
 
@@ -328,13 +336,19 @@ def find_twins(split, class_names):
 # ----------------------------------------------------------------------------------- your pictures
 
 
-def likeliest_classes(picture, run, model, most=5):
+def likeliest_classes(pictures, run, model, most=5):
     """Return the likeliest classes of a picture file, pairs (class name, probability in 0..1).
 
-    run, model: those of `load_best`. Raises nearly any error of Pillow where it cannot be read.
+    pictures: a path, or a list of paths, for which it returns a list. run, model: those of
+    `load_best`. Raises nearly any error of Pillow where a picture cannot be read.
     """
-    crops = read_crops(Path(picture), run["settings"]["IMAGE_SIZE"], VIEWS)
-    return name_classes(crops[None], run, model, most)[0]
+    if isinstance(pictures, (str, os.PathLike)):
+        return likeliest_classes([pictures], run, model, most)[0]
+    named, size = [], run["settings"]["IMAGE_SIZE"]
+    for start in range(0, len(pictures), 16):
+        crops = [read_crops(Path(file), size, VIEWS) for file in pictures[start : start + 16]]
+        named += name_classes(np.stack(crops), run, model, most)
+    return named
 
 
 def read_crops(file, image_size, views):
@@ -436,6 +450,8 @@ def write_tables(folder, class_names, results):
         "confusion": (("", *class_names), [
             dict(zip(("", *class_names), (name, *counts)))
             for name, counts in zip(class_names, results["confusion"].tolist())])}
+    np.save(content := io.BytesIO(), results["probabilities"])
+    write_extra(folder / "probabilities.npy", content.getvalue())
     for name, (columns, rows) in tables.items():
         write_extra(folder / f"{name}.csv", train_model.csv_table(columns, rows))
 
@@ -479,17 +495,19 @@ img { display: block; width: 100%; height: 10rem; object-fit: contain; object-po
   .matrix { font-size: 5pt } .matrix td, .matrix th { min-width: 0 } }"""
 
 
-def make_page(run, results, copies):
-    """Return all results as one HTML page that needs no other file, no script and no network."""
+def make_page(run, results, show):
+    """Return all results as one HTML page that needs no other file, no script and no network.
+
+    show: `gallery`, with the places of the pictures.
+    """
     names, attribute = [escaped(name) for name in run["class_names"]], run["settings"]["ATTRIBUTE"]
     title = f"{attribute}: {results['accuracy']:.1%} of {results['paintings']:,} test paintings"
     sections = {
-        "Most confident": most_confident(results["predictions"], copies),
+        "Most confident": most_confident(results["predictions"], show),
         "Learning curve": learning_curve(run["history"]),
         "Class by class": class_table(names, results),
         "Confusions": confusions(names, results["confusion"]),
-        "Paintings that look mislabelled":
-            doubted(results["outliers"], run["class_names"], copies),
+        "Paintings that look mislabelled": doubted(results["outliers"], run["class_names"], show),
         "This run": this_run(run, results)}
     links = [f'<a href="#{n}">{name}</a>' for n, name in enumerate(sections)]
     parts = [f'<h2 id="{n}">{name}</h2>{body}\n' for n, (name, body) in enumerate(sections.items())]
@@ -540,7 +558,7 @@ most papers report, the accuracy is {results["centre_accuracy"]:.2%}.</p>{poor}<
 {facts(pairs)}"""
 
 
-def most_confident(predictions, copies):
+def most_confident(predictions, show):
     """Return the most confident predictions, right and wrong, one a class and six each."""
     def words(row):
         label = "" if row["predicted"] == row["class"] else f"labelled {escaped(row['class'])}; "
@@ -549,7 +567,7 @@ def most_confident(predictions, copies):
     chosen = {True: {}, False: {}}
     for row in sorted(predictions, key=lambda row: (-row["probability"], row["path"])):
         chosen[row["predicted"] == row["class"]].setdefault(row["class"], row)
-    right, wrong = (gallery(list(rows.values())[:6], words, copies) for rows in chosen.values())
+    right, wrong = (show(list(rows.values())[:6], words) for rows in chosen.values())
     return f"<h3>Right</h3>{right}<h3>Wrong</h3>{wrong}"
 
 
@@ -615,10 +633,11 @@ aria-label="Confusion matrix">{table("matrix", "Paintings by label (down) and pr
 ["", *(names[label] for label in occurs)], rows)}</div>"""
 
 
-def gallery(rows, words, copies):
+def gallery(rows, words, copies, originals):
     """Return paintings, rows with a path, with what a function says of each below it.
 
-    Each is an inlined JPEG of at most 200 x 200 pixels, if its resized copy is on this machine.
+    Each is an inlined JPEG of at most 200 x 200 pixels, if its resized copy is on this machine, and
+    links to the original, whose path is shown when one points at it.
     """
     figures = []
     for row in rows:
@@ -627,8 +646,10 @@ def gallery(rows, words, copies):
             with Image.open(copies[path]) as copy:
                 copy.thumbnail((200, 200))
                 copy.save(jpeg, "JPEG", quality=60, comment=b"")
-            image = (f'<img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}" '
-                     f'alt="{html.escape(printable(path))}">')
+            name = html.escape(printable(path))
+            image = (f'<a href="{quote(os.fsencode(f"{originals}/{path}"))}" title="{name}">'
+                     f'<img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}" '
+                     f'alt="{name}"></a>')
         artist, _, title = Path(path).stem.replace("-", " ").partition("_")
         name = f"{escaped(artist.title())}, {escaped(title, 'i')}" if title else escaped(artist)
         figures.append(f"<figure>{image}<figcaption>{name}<br>{words(row)}</figcaption></figure>")
@@ -656,18 +677,18 @@ def select_outliers(outliers):
     return [row for row in doubtful if agree(row)][:30], shown[:PICTURES]
 
 
-def doubted(outliers, class_names, copies):
+def doubted(outliers, class_names, show):
     """Return the paintings most likely to be mislabelled, those on which both agree first."""
     both, shown = select_outliers(outliers)
     groups = {name: [row for row in shown if row["class"] == name] for name in class_names}
-    parts = [f"<h3>{escaped(name)}</h3>\n{gallery(rows, caption, copies)}\n"
+    parts = [f"<h3>{escaped(name)}</h3>\n{show(rows, caption)}\n"
              for name, rows in groups.items() if rows]
     return f"""<p>Of {len(outliers):,} paintings, training included, these are the most likely to be
 mislabelled; all are in outliers.csv. The model counts by its margin, in training by that of its
 early epochs; the artist by how the other paintings of that artist are labelled. They are worth a
 second look, no more. Expect false alarms: an artist's early and late works stand out too.</p>
 <h3>Start here: model and artist agree</h3><p>Both name the same other class, and less than 5% of 20
-or more other paintings by the artist have this label.</p>{gallery(both, caption, copies)}
+or more other paintings by the artist have this label.</p>{show(both, caption)}
 {"".join(parts)}"""
 
 

@@ -122,7 +122,7 @@ class ArtClassifier(nn.Module):
         """Turn images (B, 3, H, W) of 0..255 into logits (B, classes)."""
         with torch.autocast(images.device.type, self.precision, self.precision is not None):
             feature_map = self.features(images)  # (B, 2048, H/32, W/32)
-        return self.read_rows(feature_map.to(self.linear.weight.dtype))  # (B, classes)
+        return self.read_rows(feature_map.to(self.lstm.weight_ih_l0.dtype))  # (B, classes)
 
     def read_rows(self, feature_map):
         """Turn a feature map (B, 2048, rows, columns) into logits (B, classes)."""
@@ -171,6 +171,8 @@ def run_training(settings):
             train(run, model, split, copies, settings)
         if settings.epochs:
             print_end(run["history"], settings)
+        else:
+            print(f"all fine: look at {printable(settings.output_dir / 'crops.jpg')}, then train")
 
 
 def train(run, model, split, copies, settings):
@@ -1157,7 +1159,9 @@ def make_parser(description, settings, *scripts):
     """Return a parser with a flag for each of {setting: default}, explained by its comment."""
     text = "".join(Path(script).read_text(encoding="utf-8") for script in scripts)
     notes = dict(re.findall(r"^([A-Z_]+) = .*?  # (.+)$", text, re.MULTILINE))
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
+    title, examples, *_ = description.split("\n\n")
+    parser = argparse.ArgumentParser(description=title, epilog=examples, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in settings.items():
         kind = {int: "INT", float: "FLOAT"}.get(type(value), "PATH" if "_DIR" in name else "NAME")
         parser.add_argument("--" + name.lower().replace("_", "-"), metavar=kind, type=type(value),

@@ -13,6 +13,7 @@ from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -388,7 +389,7 @@ def page_of(folder):
     for tag in page.find_all():
         assert not any(name.startswith("on") for name in tag.attrs)
         assert tag.get("src", "data:").startswith("data:")
-        assert tag.get("href", "#").startswith("#")
+        assert re.match(r"#\d+$|(\.\./)*[^:]+$", tag.get("href", "#0"))  # no scheme, no script
         assert "url(" not in tag.get("style", "")
     assert all(image["alt"] for image in page.find_all("img"))
     return page
@@ -404,6 +405,16 @@ def test_the_page_of_a_run(tested):
     assert {row["path"] for row in tested.predictions} <= shown
     for name, value in tm.load_checkpoint(tested.out / "model_best.pth")["settings"].items():
         assert f"{name}{value}" in text, name
+    for image in page.find_all("img"):  # it links to the original of the same name
+        original = tested.out / unquote(image.parent["href"])
+        assert original.is_file() and original.as_posix().endswith(image["alt"])
+
+
+def test_probabilities_are_those_of_the_predictions(tested):
+    table = np.load(tested.out / "probabilities.npy")
+    assert table.shape == (5, 5) and table.sum(1) == pytest.approx(np.ones(5), abs=1e-5)
+    assert table.max(1) == pytest.approx(
+        [float(row["probability"]) for row in tested.predictions], abs=1e-5)
 
 
 HOSTILE = ["<script>alert(1)</script>", 'a" onerror="x', "b'&amp;</td>", "new\nline",
@@ -704,9 +715,11 @@ def test_margins_follow_their_paintings(finished, tested, tmp_path, respelt):
                        for name, value in before.items()}
 
 
-@pytest.mark.parametrize("name", [
-    "report.html", "scores.json", "predictions.csv", "outliers.csv", "twins.csv", "classes.csv",
-    "confusion.csv"])
+WRITTEN = ("report.html", "scores.json", "predictions.csv", "probabilities.npy", "outliers.csv",
+           "twins.csv", "classes.csv", "confusion.csv")
+
+
+@pytest.mark.parametrize("name", WRITTEN)
 def test_a_refused_file_leaves_the_scores_printed(finished, tested, tmp_path, capsys, monkeypatch,
                                                   name):
     """A spreadsheet has it open: a warning names it, and all others are written."""
@@ -717,8 +730,7 @@ def test_a_refused_file_leaves_the_scores_printed(finished, tested, tmp_path, ca
     warning = capsys.readouterr().err.strip().splitlines()[-1]
     assert str(tmp_path / name) in warning and "Permission denied" in warning
     assert {path.name for path in tmp_path.iterdir()} == {
-        "model_best.pth", "report.html", "scores.json", "predictions.csv", "outliers.csv",
-        "twins.csv", "classes.csv", "confusion.csv"} - {name}
+        "model_best.pth", *WRITTEN} - {name}
 
 
 def refuse_to_replace(name, monkeypatch):

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torchvision
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
 import test_model
@@ -130,13 +132,21 @@ def test_the_python_of_the_readme_runs(finished, tmp_path, monkeypatch, capsys):
     named = {"torch": torch, "torchvision": torchvision}
     exec(code, named)
     printed = capsys.readouterr().out
-    assert printed.startswith(str(named["run"]["class_names"]))
-    best = test_model.likeliest_classes(Path("photo.jpg"), named["run"], named["model"], most=3)
+    run, model = test_model.load_best("demo")
+    assert printed.startswith(str(run["class_names"]))
+    best = test_model.likeliest_classes(Path("photo.jpg"), run, model, most=3)
     assert len(best) == 3 and best[0][1] >= best[1][1] >= best[2][1] > 0
     assert all(str(pair) in printed for pair in best)
+    many = test_model.likeliest_classes(["photo.jpg"] * 20, run, model, most=3)
+    assert len(many) == 20 and all([name for name, _ in row] == [name for name, _ in best]
+                                   for row in many)
     assert test_model.main(["photo.jpg", "--output-dir", "demo"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith(f"photo.jpg: {best[0][0]} {best[0][1]:.1%}, ")
-    images = 255 * torch.rand(1, 3, 224, 224)
+    images = 255 * torch.rand(3, 3, 224, 224)
     with torch.no_grad():
-        assert torch.allclose(named["program"].module()(images), named["model"](images), atol=1e-4)
+        logits, embeddings = model(images), named["model"](images)
+    assert embeddings.shape == (3, 2 * tm.LSTM_UNITS)
+    assert torch.allclose(model.linear(embeddings), logits, atol=1e-4)
+    exported = ReferenceEvaluator("model.onnx").run(None, {"images": images.numpy()})[0]
+    assert exported == pytest.approx(logits.numpy(), abs=1e-4)

@@ -99,7 +99,7 @@ def test_every_file_of_the_readme_exists_or_is_written(finished, tmp_path):
     picture = next((finished.folder / "wikiart").rglob("*.jpg"))
     assert test_model.main(flags) == test_model.main([*flags, str(picture)]) == 0
     written = {path.name for place in (finished.out, tmp_path) for path in place.glob("[!.]*")}
-    named = set(re.findall(r"`([\w./-]+\.(?:py|txt|pth|csv|html|zip|md|json|jpg))`", README))
+    named = set(re.findall(r"`([\w./-]+\.(?:py|txt|pth|csv|npy|html|zip|md|json|jpg))`", README))
     assert named >= written
     for name in named - written - OF_ARTGAN:
         assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
@@ -107,7 +107,7 @@ def test_every_file_of_the_readme_exists_or_is_written(finished, tmp_path):
 
 def test_every_constant_of_the_readme_is_a_setting():
     named = set(re.findall(r"`([A-Z]{2,}(?:_[A-Z]+)*)(?: = [^`]*)?`", README))
-    assert named - {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} <= {*tm.SETTINGS, "VIEWS"}
+    assert named - {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TMPDIR"} <= {*tm.SETTINGS, "VIEWS"}
     assert "EPOCHS" in named
 
 
