@@ -220,8 +220,8 @@ def baselines(labels, split, attribute):
     counts = defaultdict(Counter)
     for part in ("train", "validation"):
         for path, label in split[part].items():
-            counts[train_model.artist(path)][label] += 1
-            counts[""][label] += 1
+            for name in {train_model.artist(path), ""}:  # "" is all of them
+                counts[name][label] += 1
     commonest = {artist: max(sorted(count), key=count.get) for artist, count in counts.items()}
     guesses = [commonest.get(train_model.artist(path), commonest[""]) for path in labels]
     shares = {f"always the commonest {attribute}":
@@ -459,6 +459,7 @@ def write_tables(folder, class_names, results):
 # -------------------------------------------------------------------------------------------- page
 
 GALLERY, PICTURES = 6, 300  # paintings that the page shows of a class, and of all, at most
+MATRIX = 40  # classes that its confusion matrix shows at most
 CSS = """:root { color-scheme: light dark; --blue: 70 130 200;
   --soft: color-mix(in srgb, CanvasText 70%, Canvas); --line: rgb(128 128 128 / .35) }
 * { box-sizing: border-box; min-width: 0; margin: 0; padding: 0 }
@@ -618,19 +619,22 @@ def confusions(names, confusion):
     shares, rows = confusion / np.maximum(confusion.sum(1, keepdims=True), 1), []
     wrong, heat = confusion * ~np.eye(len(names), dtype=bool), shares**0.6  # for small shares too
     occurs = np.flatnonzero(confusion.sum(0) + confusion.sum(1)).tolist()
-    for label in occurs:
+    errors = wrong.sum(0) + wrong.sum(1)
+    shown = sorted(sorted(occurs, key=lambda label: -errors[label])[:MATRIX])
+    for label in shown:
         cells = [f'<td{" class=right" * (named == label)} style="--s:{heat[label, named]:.2f}">'
-                 f'{confusion[label, named] or ""}</td>' for named in occurs]
+                 f'{confusion[label, named] or ""}</td>' for named in shown]
         rows.append((names[label], "".join(cells)))
     worst = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:8], wrong.shape))
     pairs = [f"<li>{names[a]} → {names[b]}: <b>{wrong[a, b]:,}</b>, {shares[a, b]:.1%} of "
              f"{names[a]}</li>\n" for a, b in worst if wrong[a, b]]
     return f"""<h3>Largest: label → prediction</h3>
 {f"<ol>{''.join(pairs)}</ol>" if pairs else "<p>None.</p>"}
-<p>Deeper colour: a larger share of the row's paintings. Framed: right. Empty: 0. Classes that are
-neither labelled nor predicted are left out.</p><div class="scroll" tabindex="0" role="region"
-aria-label="Confusion matrix">{table("matrix", "Paintings by label (down) and prediction (across)",
-["", *(names[label] for label in occurs)], rows)}</div>"""
+<p>Deeper colour: a larger share of the row's paintings. Framed: right. Empty: 0. Of the
+{len(occurs)} classes that are labelled or predicted, the {len(shown)} most confused.</p>
+<div class="scroll" tabindex="0" role="region" aria-label="Confusion matrix">
+{table("matrix", "Paintings by label (down) and prediction (across)",
+["", *(names[label] for label in shown)], rows)}</div>"""
 
 
 def gallery(rows, words, copies, originals):

@@ -245,7 +245,7 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch, capsys):
 
     monkeypatch.setattr(torch.cuda, "set_device", refuse)
     assert tm.main(["--epochs", "1"]) == 1
-    assert "more processes than there are GPUs" in capsys.readouterr().err
+    assert "--nproc-per-node" in capsys.readouterr().err
 
 
 def test_batches_that_cannot_be_shared_are_an_error(monkeypatch):

@@ -23,7 +23,7 @@ from PIL import Image, features
 
 import test_model
 import train_model as tm
-from tests.conftest import QUICK, ROOT, TINY, copies_in, folders, folders_to_test
+from tests.conftest import QUICK, ROOT, TINY, copies_in, folders, folders_to_test, use_precision
 from tests.paintings import paint_artgan, write_lists
 from tests.test_checkpoints import check_same_runs
 
@@ -31,13 +31,14 @@ FORKS = multiprocessing.get_context("forkserver")  # imports torch once, for all
 FORKS.set_forkserver_preload(["tests.test_survival"])
 
 
-def run_forked(flags, folder, code, script, method, largest_file, calls):
+def run_forked(flags, folder, code, script, method, precision, largest_file, calls):
     """Run a script in a process group of its own; it prints to folder/log and folder/errors.
 
     code: what is done before; method: how its workers start; largest_file: bytes that no file may
     exceed; calls: after how many changes of files to die.
     """
     os.setsid()
+    use_precision(precision)  # the server may have been started in another
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(method, force=True)
     for number, name in ((1, "log"), (2, "errors")):
@@ -66,7 +67,8 @@ def fork(flags, folder, code="", script=tm, method=None, largest_file=None, call
     """Start `run_forked` in a process."""
     method = method or multiprocessing.get_start_method()
     process = FORKS.Process(
-        target=run_forked, args=(flags, folder, code, script.__name__, method, largest_file, calls))
+        target=run_forked, args=(flags, folder, code, script.__name__, method,
+                                 os.environ["TESTS_PRECISION"], largest_file, calls))
     process.start()
     return process
 
