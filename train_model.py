@@ -294,7 +294,8 @@ def update_margins(means, paths, margins, restart):
     Training counts its first half, before labels are memorised (Pleiss et al. 2020, 2001.10528).
     """
     for path, (margin, probability, other) in zip(paths, margins.tolist()):
-        mean, share, _, epochs = means.get(path, 4 * [0]) if not restart else 4 * [0]
+        old = None if restart else means.get(path)
+        mean, share, _, epochs = old or (0.0, 0.0, 0, 0)
         mean += (margin - mean) / (epochs + 1)
         share += (probability - share) / (epochs + 1)
         means[path] = [mean, share, int(other), epochs + 1]
@@ -489,7 +490,7 @@ def to_images(pixels, device):
 
 # -------------------------------------------------------------------------------- setting up a run
 
-FREE = ("EPOCHS", "BATCH_SIZE", "LEARNING_RATE")  # settings that may change on resuming
+MAY_CHANGE = ("EPOCHS", "BATCH_SIZE", "LEARNING_RATE")  # settings, when a run is resumed
 
 
 def set_up_run(settings):
@@ -526,8 +527,8 @@ def find_run(output_dir, chosen):
     last, best = output_dir / "model_last.pth", output_dir / "model_best.pth"
     away = f"use another OUTPUT_DIR, or move what is in {output_dir} away"
     run = load_checkpoint(last) if last.exists() else None
-    if run and best_epoch(run["history"]) == len(run["history"]) and not (
-            best.exists() and best.stat().st_mtime >= last.stat().st_mtime):  # killed in between
+    older = run and (not best.exists() or best.stat().st_mtime < last.stat().st_mtime)
+    if older and best_epoch(run["history"]) == len(run["history"]):  # a kill came between the two
         save_checkpoint(best, {key: run[key] for key in run if key not in ("optimizer", "scaler")})
     if last.exists() != best.exists():
         raise InputError(f"{best if run else last} is missing: bring it back, {away}")
@@ -536,7 +537,7 @@ def find_run(output_dir, chosen):
         chosen["WEIGHTS"] = former["WEIGHTS"]  # which were loaded at its start
         changes = {name: f"{name} was {former[name]}, is {value}" for name, value in chosen.items()
                    if value != former[name]}
-        if wrong := [change for name, change in changes.items() if name not in FREE]:
+        if wrong := [change for name, change in changes.items() if name not in MAY_CHANGE]:
             raise InputError(f"{last} has other settings: {'; '.join(wrong)}: undo that, {away}")
         print_examples("settings that change from here on", list(changes.values()))
     return run
@@ -751,16 +752,16 @@ def split_paintings(labels, test_list, group_by, seed):
     With test_list, the paths to test on, validation is a tenth of the others. Without, or by
     artist, the parts are 70, 15 and 15 %. Files of one name in two folders stay together.
     """
-    shares, source = {"train": 0.9, "validation": 0.1}, "from the lists"
+    shares, source, tested = {"train": 0.9, "validation": 0.1}, "from the lists", test_list
     name_of = artist if group_by == "artist" else file_name
     if test_list is None or group_by == "artist":  # in ArtGAN's lists, most artists are in both
         source = f"drawn by {group_by}{'' if test_list else ', without lists'}"
-        shares, test_list = {"train": 0.7, "test": 0.15, "validation": 0.15}, ()
+        shares, tested = {"train": 0.7, "test": 0.15, "validation": 0.15}, ()
     if group_by == "artist" and len(set(map(name_of, labels)) - {""}) < len(shares):
         raise InputError("GROUP_BY artist needs file names of three artists or more, such as "
                          "juan-gris_violin-1916.jpg")
-    others = {path: label for path, label in labels.items() if path not in test_list}
-    split = {"test": {path: labels[path] for path in test_list}}
+    others = {path: label for path, label in labels.items() if path not in tested}
+    split = {"test": {path: labels[path] for path in tested}}
     split |= draw_split(others, lambda path: name_of(path) or file_name(path), shares, seed)
     return {part: dict(sorted(split[part].items())) for part in PARTS}, source
 
