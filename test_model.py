@@ -71,9 +71,10 @@ def load_best(output_dir):
     """Return the best run of a folder, with its "class_names", and its model, ready to test."""
     file = Path(output_dir) / "model_best.pth"
     if not file.exists():
-        last = " (model_last.pth is: bring the other back)" if (
-            file.with_name("model_last.pth")).exists() else ""
-        raise InputError(f"{file} is not there{last}: run train_model.py first")
+        lost = file.with_name("model_last.pth").exists()
+        raise InputError(f"{file} is missing: " + (
+            "bring it back, or train with another OUTPUT_DIR" if lost else
+            "run train_model.py first"))
     run = train_model.load_checkpoint(file)
     model = train_model.ArtClassifier(len(run["class_names"]))
     train_model.load_weights(model, run.pop("model"), file)
@@ -149,18 +150,18 @@ def write_results(run, labels, views, copies, settings):
 def print_results(run, results, folder):
     """Print the scores, where the page is, and last the accuracy."""
     attribute, classes = run["settings"]["ATTRIBUTE"], len(run["class_names"])
-    print(f"epoch {results['epoch']} of {len(run['history'])}; {attribute}, {classes} classes")
-    shares = {"validation accuracy": results["validation_accuracy"]}
-    shares |= {name: results[key] for key, name, _ in SCORES[classes <= 5:]}
-    shares["test accuracy with the centre crop only, as most papers report"] = (
-        results["centre_accuracy"])
-    print("; ".join(f"{name} {100 * share:.2f} %" for name, share in shares.items()))
+    print(f"{attribute}, {classes} classes; epoch {results['epoch']} of {len(run['history'])}, "
+          f"validation accuracy {100 * results['validation_accuracy']:.2f} %")
+    shares = {name: results[key] for key, name, _ in SCORES[classes <= 5:]}
+    shares["accuracy with the centre crop only, as most papers report"] = results["centre_accuracy"]
+    print("test " + "; ".join(f"{name} {100 * share:.2f} %" for name, share in shares.items()))
     guesses = "; ".join(f"{name} {100 * share:.1f} %"
                         for name, share in results["baselines"].items())
     print(f"baselines that never look at the picture: {guesses}")
     agreed, twins = sum(map(agree, results["outliers"])), len(results["twins"])
-    print(f"{agreed:,} of {len(results['outliers']):,} paintings look mislabelled; {twins:,} pairs "
-          "of files share a name across two classes (twins.csv)")
+    print(f"{agreed:,} of {len(results['outliers']):,} paintings look mislabelled, by model and by "
+          f"artist (outliers.csv); {twins:,} pairs of files share a name across two classes "
+          "(twins.csv)")
     right, count, listed = (results[name] for name in ("right", "paintings", "listed"))
     if listed > count:
         print(f"{listed - count:,} of {listed:,} test paintings are missing or cannot be read")
@@ -718,7 +719,7 @@ def main(argv=None):
     """Run the script with the flags in `argv`, by default the command line's."""
     settings = {name: getattr(train_model, name) for name in train_model.SHARED} | {"VIEWS": VIEWS}
     parser = train_model.make_parser(__doc__, settings, train_model.__file__, __file__)
-    parser.add_argument("pictures", nargs="*", help="classify these pictures and folders instead")
+    parser.add_argument("pictures", nargs="*", help="classify these files and folders instead")
     return train_model.run_script(run_test, parser.parse_args(argv), "stopped")
 
 

@@ -65,14 +65,14 @@ from tqdm import tqdm
 
 EPOCHS = 20  # passes over the training paintings; 0 checks and prepares the data only
 ATTRIBUTE = "style"  # what to classify: style, artist, genre, or any name with lists in LISTS_DIR
-DATA_DIR = "wikiart"  # the unzipped originals, one folder a style; never written to
+DATA_DIR = "wikiart"  # the unzipped originals, one folder per style; never written to
 LISTS_DIR = "wikiart_csv"  # ArtGAN's lists, used if the folder exists; "none" goes without
 CACHE_DIR = "wikiart_cache"  # resized copies of the paintings, and nothing else
 OUTPUT_DIR = "."  # checkpoints, tables, the page: all that the two scripts write
 GROUP_BY = "painting"  # "artist" keeps all paintings of an artist in one part of the split
 MIN_PAINTINGS = 30  # fewest paintings of an artist that make a class, without lists
 WEIGHTS = "imagenet"  # initial weights of the ResNet: "imagenet" (98 MB download), "none", a file
-BATCH_SIZE = 64  # paintings a step, over all processes
+BATCH_SIZE = 64  # paintings per step, over all processes
 IMAGE_SIZE = 224  # height and width of the model's input in pixels, 64 to 512
 LEARNING_RATE = 1e-3  # peak rate of the LSTM and the linear layer
 BACKBONE_RATE = 0.1  # the ResNet's rate as a share of it, if the ResNet is pretrained
@@ -172,7 +172,7 @@ def run_training(settings):
         if settings.epochs:
             print_end(run["history"], settings)
         else:
-            print(f"all fine: look at {printable(settings.output_dir / 'crops.jpg')}, then train")
+            print(f"ready: look at {printable(settings.output_dir / 'crops.jpg')}, then train")
 
 
 def train(run, model, split, copies, settings):
@@ -198,7 +198,7 @@ def train(run, model, split, copies, settings):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: rate((first + step) / steps))
     labels = torch.tensor(list(split["validation"].values()))
-    print(f"device {run['device']}, {loader.num_workers} loader processes")
+    print(f"device {run['device']}, loader processes: {loader.num_workers}")
     print("   epoch  training loss  validation loss  accuracy  paintings/s  left (*: best)")
     for epoch in range(len(history) + 1, settings.epochs + 1):
         title, begun = f"epoch {epoch}/{settings.epochs}", time.perf_counter()
@@ -559,7 +559,7 @@ def prepare_paintings(run, found, settings):
     for part in PARTS:
         used = set(split[part].values())
         missing = [name for label, name in enumerate(class_names) if label not in used]
-        print_examples(f"classes with no {part} painting", missing)
+        print_examples(f"classes with no {part.replace('train', 'training')} painting", missing)
     if run["history"]:
         write_history(run, output_dir)
     else:
@@ -980,7 +980,10 @@ def csv_table(columns, rows):
 def lock_folder(folder):
     """Hold the lock of a folder, made if need be; raise InputError if another process has it."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot create the folder {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise OSError(f"cannot write to {folder}")
     try:

@@ -1,4 +1,4 @@
-"""Show the two scripts at work without a download: paint, train, test, in a few minutes.
+"""Show the two scripts at work without a download: paint, train, test, in about a minute.
 
     python tests/demo.py [folder]        the folder is demo/ by default
 
