@@ -354,7 +354,7 @@ def likeliest_classes(pictures, run, model, most=5):
 
 def read_crops(file, image_size, views):
     """Return the crops of a picture that the model looks at, (views, S, S, 3) uint8."""
-    copy = train_model.encode_copy(file, math.ceil(image_size * 10 / 7))
+    copy = train_model.encode_copy(file, train_model.copy_side(image_size))
     with Image.open(io.BytesIO(copy)) as image:
         return np.stack([train_model.center_crop(image, image_size, place)
                          for place in PLACES[views]])

@@ -811,13 +811,18 @@ MAX_SIDE = 65_500  # pixels, of a JPEG
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes of a profile, a text
 
 
+def copy_side(image_size):
+    """Return the short side of resized copies in pixels: evaluation looks at 7/8 of it."""
+    return math.ceil(image_size * 10 / 7)
+
+
 def resize_paintings(paths, data_dir, cache_dir, image_size):
     """Make the resized copies that are missing; return {path: copy} and {path: reason} of the bad.
 
-    Their short side is 10/7 of image_size. A copy's name is a hash of the path, size and time of
-    its original, so a changed original has another. Raises OSError where not a picture is at fault.
+    A copy's name is a hash of the path, size and time of its original, so a changed original has
+    another. Raises OSError where not a picture is at fault.
     """
-    short_side = math.ceil(image_size * 10 / 7)
+    short_side = copy_side(image_size)
     folder, copies, bad = cache_dir / str(short_side), {}, {}
     for path in paths:
         try:
