@@ -92,6 +92,17 @@ def kill_group(group):
         os.killpg(group, signal.SIGKILL)
 
 
+def errors_of(run, folder, seconds):
+    """Return what a forked run prints as errors; it must fail in time, and leave no process."""
+    try:
+        run.join(seconds)
+        assert run.exitcode == 1
+        assert wait_for(lambda: not members(run.pid), 12)
+    finally:
+        kill_group(run.pid)
+    return (folder / "errors").read_text().strip()
+
+
 def wait_for(condition, seconds):
     """Wait until a condition holds, for so many seconds at most; return whether it does."""
     end = time.monotonic() + seconds
@@ -248,13 +259,7 @@ def stuck(*given):
 setattr({place}, stuck)
 """
     run = fork([*flags, "--epochs", "3", "--workers", "1"], folder, code, method="fork")
-    try:
-        run.join(30)
-        assert run.exitcode == 1
-        assert wait_for(lambda: not members(run.pid), 12)
-    finally:
-        kill_group(run.pid)
-    errors = (folder / "errors").read_text().strip()
+    errors = errors_of(run, folder, 30)
     assert re.match("error: .*--workers 0", errors.splitlines()[-1]), errors
     assert errors.count("error: ") == 1 and "train_model.py" not in errors
     assert epochs_in(folder / "out/model_last.pth") == 2
@@ -374,13 +379,7 @@ def test_a_copy_that_is_cut_is_named_by_a_worker(copied):
     folder, flags = copied
     os.truncate(copy := training_copy(folder), 700)
     run = fork([*flags, "--epochs", "3", "--workers", "2"], folder)
-    try:
-        run.join(60)
-        assert run.exitcode == 1
-        assert wait_for(lambda: not members(run.pid), 12)
-    finally:
-        kill_group(run.pid)
-    errors = (folder / "errors").read_text().strip()
+    errors = errors_of(run, folder, 60)
     assert re.fullmatch(f"error: cannot read the resized copy {copy} .*delete it.*", errors)
 
 
