@@ -32,7 +32,6 @@ import math
 import multiprocessing
 import os
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -146,12 +145,10 @@ def fuse_fixed_norms(network):
 
 
 def convolve(conv, norm, images):
-    """Return the output of a convolution and its batch norm, in one step if the norm is fixed.
-
-    The map between them, half of what backward needs, is then not kept (arXiv 2305.11624).
-    """
+    """Return the output of a convolution and its batch norm, in one step if the norm is fixed."""
     if norm.training:
         return nn.BatchNorm2d.forward(norm, nn.Conv2d.forward(conv, images))
+    # Without the map between the two, backward needs half the memory (arXiv 2305.11624).
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     bias = norm.bias - norm.running_mean * scale
     return conv._conv_forward(images, conv.weight * scale.view(-1, 1, 1, 1), bias)
@@ -217,7 +214,7 @@ def train(run, model, split, copies, settings):
             "validation_accuracy": (logits.argmax(1) == labels).double().mean().item(),
             "learning_rate": settings.learning_rate * rate(epoch - 0.5 / steps),
             "paintings_per_second": speed, "seconds": time.perf_counter() - begun})
-        if epoch <= max(2, run["planned_epochs"] // 2):
+        if epoch <= max(2, run["planned_epochs"] // 2):  # labels are memorised later (2001.10528)
             update_margins(run["margins"], split["train"], margins, restart=epoch <= 2)
         if best_epoch(history) == epoch:
             update_margins(run["margins"], split["validation"], label_margins(logits, labels), True)
@@ -226,10 +223,7 @@ def train(run, model, split, copies, settings):
 
 
 def train_epoch(model, loader, optimizer, schedule, scaler, title):
-    """Train on each batch once; return the mean loss, and `label_margins` (N, 3) of the paintings.
-
-    Raises InputError where a loss or its gradient is not finite.
-    """
+    """Train on each batch once; return the mean loss and `label_margins` (N, 3) of each."""
     device = next(model.parameters()).device
     loss_sum, seen, margins = torch.zeros((), device=device), 0, []
     with progress_bar(title, len(loader.dataset)) as bar:
@@ -278,10 +272,7 @@ def evaluate(model, loader, title):
 
 
 def label_margins(logits, labels):
-    """Return (N, 3) for logits (N, C) and labels (N): margin, class probability, other label.
-
-    The margin is the highest other logit minus the label's, positive where the model disagrees.
-    """
+    """Return (N, 3): the highest other logit minus the label's, class probability, other label."""
     labels = labels[:, None]
     own, others = logits.gather(1, labels), logits.scatter(1, labels, -torch.inf).max(1)
     probability = logits.softmax(1).gather(1, labels)
@@ -289,10 +280,7 @@ def label_margins(logits, labels):
 
 
 def update_margins(means, paths, margins, restart):
-    """Update the means {path: [margin, probability, other label, epochs]} with an epoch's margins.
-
-    Training counts its first half, before labels are memorised (Pleiss et al. 2020, 2001.10528).
-    """
+    """Update the means {path: [margin, probability, other label, epochs]} with an epoch's."""
     for path, (margin, probability, other) in zip(paths, margins.tolist()):
         old = None if restart else means.get(path)
         mean, share, _, epochs = old or (0.0, 0.0, 0, 0)
@@ -319,10 +307,7 @@ def make_optimizer(model, learning_rate, backbone_rate, weight_decay):
 
 
 def rate_at(progress, epochs, frozen_epochs, warmup_epochs):
-    """Return the share of the peak learning rate after `progress` epochs.
-
-    Linear warm-ups, at the start and where the ResNet is unfrozen, times a cosine (1608.03983).
-    """
+    """Return the share of the peak rate after `progress` epochs: warm-ups, cosine (1608.03983)."""
     since = progress - (frozen_epochs if progress >= frozen_epochs else 0)
     warm = min(1, since / warmup_epochs) if warmup_epochs else 1
     return warm * (1 + math.cos(math.pi * progress / epochs)) / 2
@@ -399,8 +384,7 @@ class PaintingDataset(Dataset):
             with Image.open(file) as image:
                 image.load()
         except OSError as error:
-            raise OSError(f"cannot read the resized copy {file} ({error}): delete it, and run "
-                          "the same command again") from error
+            raise OSError(f"cannot read {file} ({error}): delete it, and start again") from error
         if self.seed is None:
             image = center_crop(image, self.image_size, self.place)
         pixels = torch.from_numpy(np.array(image))
@@ -659,10 +643,7 @@ def read_rows(path, pattern, example):
 
 
 def read_lists(lists_dir, attribute):
-    """Read ArtGAN's lists of an attribute; return class names, {path: label}, paths to test on.
-
-    The latter are those that ArtGAN calls val. Of a path listed twice the first row counts.
-    """
+    """Read ArtGAN's lists; return class names, {path: label}, and its val paths, to test on."""
     wanted = [f"{attribute}_{kind}" for kind in ("class", "val", "train")]
     there = sorted(path for path in lists_dir.rglob("*") if path.is_file())
     files = [path for name in wanted for path in there if path.stem.lower() == name.lower()]
@@ -708,8 +689,7 @@ def label_by_folder_or_artist(found, attribute, min_paintings):
     print_examples(f"{attribute}s with fewer than {least} paintings (MIN_PAINTINGS), no classes",
                    sorted(sizes.keys() - set(class_names)))
     if len(sizes) < len(folders):
-        print(f"note: {len(folders)} folders, but file names tell {len(sizes)} artists; if folders "
-              "are artists, use --attribute style")
+        print(f"note: file names tell {len(sizes)} artists; --attribute style classifies folders")
     label_of = {name: label for label, name in enumerate(class_names)}
     labels = {path: label_of[name_of(path)] for path in found if name_of(path) in label_of}
     return class_names, labels, None
@@ -758,8 +738,7 @@ def split_paintings(labels, test_list, group_by, seed):
         source = f"drawn by {group_by}{'' if test_list else ', without lists'}"
         shares, tested = {"train": 0.7, "test": 0.15, "validation": 0.15}, ()
     if group_by == "artist" and len(set(map(name_of, labels)) - {""}) < len(shares):
-        raise InputError("GROUP_BY artist needs file names of three artists or more, such as "
-                         "juan-gris_violin-1916.jpg")
+        raise InputError("GROUP_BY artist needs three artists in file names: juan-gris_violin.jpg")
     others = {path: label for path, label in labels.items() if path not in tested}
     split = {"test": {path: labels[path] for path in tested}}
     split |= draw_split(others, lambda path: name_of(path) or file_name(path), shares, seed)
@@ -946,7 +925,7 @@ FORMAT = 4  # of the checkpoints
 
 def write_atomically(path, content):
     """Write bytes or text to a file, whole or not at all: first beside its place, then into it."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:
             text = isinstance(content, str)
@@ -984,31 +963,18 @@ def csv_table(columns, rows):
 @contextlib.contextmanager
 def lock_folder(folder):
     """Hold the lock of a folder, made if need be; raise InputError if another process has it."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot create the folder {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"cannot write to {folder}")
-    try:
-        import fcntl  # not on Windows
-        file = open(folder / ".lock", "ab")  # noqa: SIM115
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.glob(f".{'[0-9a-f]' * 16}.tmp"):  # left by a killed run
-            left.unlink()
-    except BlockingIOError as error:
-        raise InputError(f"another training writes to {folder}: wait for its end, or give this one "
-                         "another OUTPUT_DIR") from error
-    except (ImportError, OSError) as error:
-        print(f"note: no lock in {printable(folder)} ({error}): start no second training there")
-    try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:
+        try:
+            import fcntl  # not on Windows
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in folder.glob(f".{'[0-9a-f]' * 16}.tmp"):  # left by a killed run
+                left.unlink()
+        except BlockingIOError as error:
+            raise InputError(f"{folder} is in use by a training: use another OUTPUT_DIR") from error
+        except (ImportError, OSError) as error:
+            print(f"note: no lock in {printable(folder)} ({error}): start no second training there")
         yield
-    finally:
-        with contextlib.suppress(OSError):
-            (folder / ".lock").unlink()
-            for path in made:  # if nothing was written
-                path.rmdir()
 
 
 def save_epoch(run, model, optimizer, scaler, output_dir):
@@ -1043,8 +1009,7 @@ def load_checkpoint(path):
     """Load a checkpoint of `save_epoch`; raise InputError if it is none, or damaged."""
     run = load_tensors(path)
     if not isinstance(run, dict) or run.get("format") != FORMAT:
-        raise InputError(f"{path} was not written by this version of train_model.py: use "
-                         "the version that wrote it, or move it away")
+        raise InputError(f"{path} is of another version of train_model.py: use it, or move this")
     return run
 
 
@@ -1094,14 +1059,14 @@ def load_resnet(resnet, weights):
 # --------------------------------------------------------------------------------------- processes
 # One, or as many as torchrun starts. The first one finds, prepares and writes for all of them.
 
-RANK, WORLD_SIZE = (  # the number of this process, from 0, and how many there are
-    int(os.environ.get(name, alone)) if "LOCAL_RANK" in os.environ else alone
-    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+TORCHRUN = "LOCAL_RANK" in os.environ
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # the number of this process, from 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 
 def join_processes():
     """Join the processes that torchrun has started, if it has, and take one GPU."""
-    if "LOCAL_RANK" in os.environ:
+    if TORCHRUN:
         if cuda := torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, *_ = next(distributed.rendezvous("env://"))
@@ -1190,14 +1155,12 @@ def check_settings(settings):
             setattr(settings, name, Path(os.path.abspath(os.path.expanduser(value))))
     group_by = getattr(settings, "group_by", "painting")
     if group_by not in ("painting", "artist") or group_by == getattr(settings, "attribute", ""):
-        raise InputError("GROUP_BY must be painting, or artist if that is not the ATTRIBUTE, not "
-                         f"{group_by!r}")
+        raise InputError(f"GROUP_BY must be painting or artist, not the ATTRIBUTE: {group_by!r}")
     data_dir, cache_dir, output_dir = settings.data_dir, settings.cache_dir, settings.output_dir
     for inner, outer in ((cache_dir, data_dir), (data_dir, cache_dir),
                          (output_dir, data_dir), (output_dir, cache_dir)):
         if inner.resolve().is_relative_to(outer.resolve()):
-            raise InputError(f"{inner} lies in {outer}: DATA_DIR, CACHE_DIR and OUTPUT_DIR must be "
-                             "folders apart")
+            raise InputError(f"{inner} lies in {outer}: DATA_DIR, CACHE_DIR, OUTPUT_DIR must not")
     return settings
 
 

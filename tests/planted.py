@@ -35,7 +35,7 @@ def train_and_test(data_dir, class_names, listed, folder, flags):
     if train_model.main([*flags, f"--lists-dir={folder / 'lists'}"]):
         sys.exit(1)
     settings = {name: getattr(train_model, name) for name in train_model.SHARED}
-    parser = train_model.make_parser("", settings, train_model.__file__)
+    parser = train_model.make_parser(train_model.__doc__, settings, train_model.__file__)
     shared = vars(parser.parse_known_args(flags)[0])
     if test_model.main([f"--{name.replace('_', '-')}={value}" for name, value in shared.items()]):
         sys.exit(1)

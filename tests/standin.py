@@ -91,7 +91,7 @@ def accuracies(options, flags, image_size, seed, folder):
             sys.exit(1)
         run, model = test_model.load_best(output)
         shared = {name: getattr(tm, name) for name in tm.SHARED}
-        settings = tm.make_parser("", shared, tm.__file__).parse_args(
+        settings = tm.make_parser(tm.__doc__, shared, tm.__file__).parse_args(
             [*places, f"--output-dir={output}", f"--batch-size={options.batch_size}"])
         settings = tm.check_settings(settings)
         settings.image_size, settings.views = image_size, 3

@@ -237,6 +237,7 @@ def test_fewer_paintings_a_batch_than_processes_are_refused_early(monkeypatch):
 
 
 def test_more_processes_than_gpus_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(tm, "TORCHRUN", True)
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 

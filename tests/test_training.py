@@ -587,7 +587,7 @@ def test_the_run_saves_what_it_says(finished):
     assert best["planned_epochs"] == 2 and best["torch"] == str(torch.__version__)
     assert best["device"] == "cpu, torch.float32"
     names = sorted(path.name for path in finished.out.iterdir())
-    assert names == ["bad_files.txt", "class_names.txt", "crops.jpg", "history.csv",
+    assert names == [".lock", "bad_files.txt", "class_names.txt", "crops.jpg", "history.csv",
                      "model_best.pth", "model_last.pth"]
 
 
