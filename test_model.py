@@ -6,9 +6,9 @@
 
 Reads model_best.pth in OUTPUT_DIR, which names the test paintings, those paintings, and the later
 epochs in model_last.pth if it exists. Writes to OUTPUT_DIR report.html, a page to look at;
-outliers.csv, all paintings, those that look mislabelled first; twins.csv, files of one name in two
-classes; and for programs scores.json, predictions.csv and, with rows in the same order,
-probabilities.npy (N, classes), classes.csv and confusion.csv.
+outliers.csv, all paintings, those that look mislabelled first; near_copies.csv, the most similar
+pairs; and for programs scores.json, predictions.csv and, with rows in the same order,
+probabilities.npy (N, classes), classes.csv, confusion.csv, features.npy (N, 2048) and features.csv.
 
     main                    settings: those of train_model.py, the constants below, and flags
       run_test
@@ -16,6 +16,7 @@ probabilities.npy (N, classes), classes.csv and confusion.csv.
         prepare_test          {path: label} of the test paintings, {path: resized copy}
         predict_views         logits of three crops of each
         write_results         scores -> outliers -> tables -> page -> terminal
+        find_neighbours       features of all -> near copies -> page with neighbours
       classify_own_pictures
 """
 
@@ -47,6 +48,7 @@ from train_model import InputError, printable, style, write_extra
 # DATA_DIR, CACHE_DIR, OUTPUT_DIR, BATCH_SIZE and WORKERS are those of train_model.py.
 
 VIEWS = 3  # crops of a painting whose logits are averaged: 1 is the centre, 3 adds both ends
+NEIGHBOURS = 3  # most similar paintings beside one that looks mislabelled; 0 does not search
 
 PLACES = {1: [0.5], 3: [0, 0.5, 1]}  # of the crops along the long side, from start to end
 
@@ -64,7 +66,10 @@ def run_test(settings):
         return
     labels, copies = train_model.broadcast_from_first(prepare_test, run, settings)
     views = predict_views(model, labels, copies, settings)
-    train_model.broadcast_from_first(write_results, run, labels, views, copies, settings)
+    results = train_model.broadcast_from_first(write_results, run, labels, views, copies, settings)
+    if settings.neighbours:
+        find_neighbours(run, model, results, copies, settings)
+    train_model.broadcast_from_first(print_accuracy, results, settings.output_dir)
 
 
 def load_best(output_dir):
@@ -82,10 +87,7 @@ def load_best(output_dir):
 
 
 def prepare_test(run, settings):
-    """Return {path: label} of the test paintings that can be read, and {path: resized copy}.
-
-    The run's paths become those on this disk.
-    """
+    """Return {path: label} of the test paintings, and {path: resized copy} of all, on this disk."""
     with contextlib.suppress(OSError, InputError):  # the later epochs, if available
         last = train_model.load_checkpoint(settings.output_dir / "model_last.pth")
         if last["history"][: len(run["history"])] == run["history"]:
@@ -93,14 +95,15 @@ def prepare_test(run, settings):
     found = train_model.find_paintings(settings.data_dir)
     run["split"] = train_model.match_paths(run["split"], found)
     run |= train_model.match_paths({"margins": run["margins"]}, found)
-    test = run["split"]["test"]
+    test, everything = run["split"]["test"], set().union(*run["split"].values())
     copies, _ = train_model.resize_paintings(
-        sorted(set(found).intersection(test)), settings.data_dir, settings.cache_dir,
+        sorted(everything.intersection(found)), settings.data_dir, settings.cache_dir,
         settings.image_size)
-    if not copies:
+    labels = {path: label for path, label in test.items() if path in copies}
+    if not labels:
         raise InputError(f"none of the {len(test):,} test paintings is in {settings.data_dir}, "
                          f"where the first is {found[0]}: is that the right --data-dir?")
-    return {path: label for path, label in test.items() if path in copies}, copies
+    return labels, copies
 
 
 def predict_views(model, labels, copies, settings):
@@ -114,10 +117,7 @@ def predict_views(model, labels, copies, settings):
 
 
 def write_results(run, labels, views, copies, settings):
-    """Write the tables and the page, and print the scores.
-
-    labels: {path: label} of the tested paintings; views: their logits (views, N, C).
-    """
+    """Write and print what the logits (views, N, C) of the tested paintings say; return it."""
     folder, class_names = settings.output_dir, run["class_names"]
     best = run["history"][train_model.best_epoch(run["history"]) - 1]
     logits, truth = views.mean(0), torch.tensor(list(labels.values()))
@@ -131,43 +131,38 @@ def write_results(run, labels, views, copies, settings):
         "listed": len(run["split"]["test"]),
         "predictions": predict(labels, logits, class_names),
         "probabilities": logits.double().softmax(1).float().numpy(),
-        "outliers": find_outliers(run, labels, margins),
-        "twins": find_twins(run["split"], class_names)}
+        "outliers": find_outliers(run, labels, margins), "near_copies": []}
     results["beats_guessing"] = results["interval"][0] > next(iter(results["baselines"].values()))
     write_tables(folder, class_names, results)
-    shown = {row["path"] for row in itertools.chain(*select_outliers(results["outliers"]))}
-    with contextlib.suppress(OSError):  # then some have no picture
-        copies |= train_model.resize_paintings(sorted(shown - copies.keys()), settings.data_dir,
-                                               settings.cache_dir, settings.image_size)[0]
-    originals = settings.data_dir  # from the page's folder, if they are on one drive
-    if originals.drive == folder.drive:
-        originals = Path(os.path.relpath(originals, folder))
-    show = functools.partial(gallery, copies=copies, originals=originals.as_posix())
-    write_extra(folder / "report.html", make_page(run, results, show))
-    print_results(run, results, folder)
+    write_extra(folder / "report.html", make_page(run, results, copies, settings))
+    print_scores(run, results)
+    return results
 
 
-def print_results(run, results, folder):
-    """Print the scores, where the page is, and last the accuracy."""
+def print_scores(run, results):
+    """Print the scores, beside their baselines, and what looks mislabelled."""
     attribute, classes = run["settings"]["ATTRIBUTE"], len(run["class_names"])
     print(f"{attribute}, {classes} classes; epoch {results['epoch']} of {len(run['history'])}, "
           f"validation accuracy {100 * results['validation_accuracy']:.2f} %")
-    shares = {name: results[key] for key, name, _ in SCORES[classes <= 5:]}
+    shares = {"accuracy": results["accuracy"]}
+    shares |= {name: results[key] for key, name, _ in SCORES[classes <= 5:]}
     shares["accuracy with the centre crop only, as most papers report"] = results["centre_accuracy"]
     print("test " + "; ".join(f"{name} {100 * share:.2f} %" for name, share in shares.items()))
     guesses = "; ".join(f"{name} {100 * share:.1f} %"
                         for name, share in results["baselines"].items())
     print(f"baselines that never look at the picture: {guesses}")
-    agreed, twins = sum(map(agree, results["outliers"])), len(results["twins"])
-    print(f"{agreed:,} of {len(results['outliers']):,} paintings look mislabelled, by model and by "
-          f"artist (outliers.csv); {twins:,} pairs of files share a name across two classes "
-          "(twins.csv)")
-    right, count, listed = (results[name] for name in ("right", "paintings", "listed"))
-    if listed > count:
-        print(f"{listed - count:,} of {listed:,} test paintings are missing or cannot be read")
-    print(f"the page, with tables beside it:\n{printable(folder / 'report.html')}")
-    low, high = results["interval"]
+    outliers = results["outliers"]
+    print(f"{sum(map(agree, outliers)):,} of {len(outliers):,} paintings look mislabelled, by model "
+          "and by artist (outliers.csv)")
+    if missing := results["listed"] - results["paintings"]:
+        print(f"{missing:,} of {results['listed']:,} test paintings are missing or cannot be read")
+
+
+def print_accuracy(results, folder):
+    """Print where the page is, and last the accuracy."""
+    right, count, (low, high) = results["right"], results["paintings"], results["interval"]
     guess = "" if results["beats_guessing"] else " - no better than guessing"
+    print(f"the page, with tables beside it:\n{printable(folder / 'report.html')}")
     print(f"Test accuracy: {100 * right / count:.2f} % ({right:,} of {count:,} paintings; 95 % "
           f"interval {100 * low:.1f} to {100 * high:.1f} %){guess}")
 
@@ -215,8 +210,7 @@ def wilson(right, count):
 def baselines(labels, split, attribute):
     """Return the accuracy of guesses on {path: label} that never look at the picture.
 
-    One names the commonest class of the test; the other the commonest class, outside the test, of
-    the artist in the file name, or of all. Where artists are the classes, that would be the answer.
+    The second names the commonest class, outside the test, of the artist in the file name.
     """
     counts = defaultdict(Counter)
     for part in ("train", "validation"):
@@ -299,8 +293,8 @@ def find_outliers(run, tested, margins):
     rows = []
     for part, labels in (run["split"] | {"test": tested}).items():
         own = [{"path": path, "class": class_names[label], "part": part, "doubt": 0.0,
-                "margin": margins[path][0], "class_probability": margins[path][1],
-                "model_class": class_names[margins[path][2]], **prior(path, label)}
+                **dict(zip(("margin", "class_probability", "model_probability"), margins[path])),
+                "model_class": class_names[margins[path][3]], **prior(path, label)}
                for path, label in labels.items() if path in margins]
         values = np.array([row["margin"] for row in own])
         for row, value in zip(own, (values - values.mean()) / (values.std() or 1) if own else ()):
@@ -321,17 +315,68 @@ def agree(row):
             and row["prior_paintings"] >= 20 and row["prior_share"] < 0.05)
 
 
-def find_twins(split, class_names):
-    """Return a row for each two paintings of one file name in different classes."""
-    twins = defaultdict(list)
-    for labels in split.values():
-        for path, label in labels.items():
-            name = train_model.file_name(path)
-            if any(letter.isalpha() for letter in Path(name).stem):  # numbers are not titles
-                twins[name].append((path, class_names[label]))
-    pairs = [pair for same in twins.values() for pair in itertools.combinations(sorted(same), 2)]
-    return [{"path": path, "class": name, "twin": twin, "twin_class": other}
-            for (path, name), (twin, other) in sorted(pairs) if name != other]
+# -------------------------------------------------------------------------------------- neighbours
+
+NEAR_COPIES, ALIKE = 1000, 0.9  # pairs in near_copies.csv; cosine similarity of the same picture
+
+
+def find_neighbours(run, model, results, copies, settings):
+    """Compare the feature vectors of all paintings, and write what they show."""
+    rows = [row for row in results["outliers"] if row["path"] in copies]
+    device, labels = next(model.parameters()).device, {row["path"]: 0 for row in rows}
+    loader = train_model.make_loader(labels, copies, settings, device)
+    normalize = torch.nn.functional.normalize
+    model.read_rows = lambda feature_map: normalize(feature_map.mean((2, 3))).half()
+    features = train_model.evaluate(model, loader, "features of all paintings")
+    train_model.broadcast_from_first(write_neighbours, run, results, rows, features.to(device),
+                                     copies, settings)
+
+
+def write_neighbours(run, results, rows, features, copies, settings):
+    """Write the features (N, 2048) of rows, their near copies, and the page with neighbours."""
+    folder = settings.output_dir
+    np.save(content := io.BytesIO(), features.cpu().numpy())
+    write_extra(folder / "features.npy", content.getvalue())
+    write_extra(folder / "features.csv", train_model.csv_table(("path", "part", "class"), rows))
+    features = features.float()
+    results["near_copies"] = find_near_copies(rows, features)
+    columns = ("path", "class", "part", "copy", "copy_class", "copy_part", "similarity")
+    write_extra(folder / "near_copies.csv", train_model.csv_table(columns, results["near_copies"]))
+    print(count_copies(results["near_copies"]))
+    places = {row["path"]: place for place, row in enumerate(rows)}
+    for row in itertools.chain(*select_outliers(rows)):
+        similarity = features @ features[places[row["path"]]]
+        nearest = similarity.topk(min(settings.neighbours + 1, len(rows))).indices.tolist()
+        row["neighbours"] = [rows[place] for place in nearest if rows[place] is not row]
+    write_extra(folder / "report.html", make_page(run, results, copies, settings))
+
+
+def find_near_copies(rows, features):
+    """Return the most similar pairs of rows, those of two classes first, then of two parts.
+
+    features: (N, C), L2-normalised. Of each painting the five most similar later rows count.
+    """
+    pairs = []
+    for start in range(0, len(rows), 512):  # 512 x 81,446 similarities take 170 MB
+        similarity = (features[start : start + 512] @ features[start:].T).triu(1)
+        best = similarity.topk(min(5, similarity.shape[1]))
+        for a, (values, others) in enumerate(zip(*(part.tolist() for part in best)), start):
+            pairs += [(value, a, start + b) for value, b in zip(values, others) if start + b > a]
+        pairs = sorted(pairs, reverse=True)[:NEAR_COPIES]
+    pairs = [(value, rows[a], rows[b]) for value, a, b in pairs]
+    pairs.sort(key=lambda pair: [pair[1][key] == pair[2][key] for key in ("class", "part")])
+    return [{"path": a["path"], "class": a["class"], "part": a["part"], "copy": b["path"],
+             "copy_class": b["class"], "copy_part": b["part"], "similarity": value}
+            for value, a, b in pairs]
+
+
+def count_copies(near_copies):
+    """Return how many near copies there are of which kind, in words."""
+    alike = [pair for pair in near_copies if pair["similarity"] >= ALIKE]
+    classes = sum(pair["class"] != pair["copy_class"] for pair in alike)
+    leaks = sum({pair["part"], pair["copy_part"]} == {"train", "test"} for pair in alike)
+    return (f"{len(alike):,} pairs look like copies: {classes:,} are in two classes, {leaks:,} in "
+            "training and test (near_copies.csv)")
 
 
 # ----------------------------------------------------------------------------------- your pictures
@@ -390,10 +435,7 @@ def find_own_pictures(names):
 
 
 def classify_own_pictures(run, model, settings):
-    """Print the likeliest classes of your pictures, and write them to own_pictures.csv.
-
-    Raises InputError, after all others are done, if any cannot be read.
-    """
+    """Print the likeliest classes of your pictures, and write them to own_pictures.csv."""
     def read(file):
         try:
             return read_crops(file, settings.image_size, settings.views)
@@ -441,9 +483,8 @@ def write_tables(folder, class_names, results):
     tables = {
         "predictions": (results["predictions"][0], results["predictions"]),
         "outliers": (("path", "class", "part", "doubt", "margin", "class_probability",
-                      "model_class", "prior", "prior_paintings", "prior_share", "prior_class"),
-                     results["outliers"]),
-        "twins": (("path", "class", "twin", "twin_class"), results["twins"]),
+                      "model_class", "model_probability", "prior", "prior_paintings", "prior_share",
+                      "prior_class"), results["outliers"]),
         "classes": (("class", "paintings", *classes), [
             {"class": name, "paintings": results["count"][label]}
             | {key: results[key][label].item() for key in classes}
@@ -492,16 +533,19 @@ th, td { font-weight: 400; text-align: left; padding: .35rem .35rem .35rem 0 }
 .matrix th { min-width: 7rem } .matrix th + th { min-width: 0; vertical-align: bottom }
 .matrix th span { max-height: 12rem; writing-mode: vertical-rl; transform: rotate(180deg) }
 img { display: block; width: 100%; height: 10rem; object-fit: contain; object-position: 0 100% }
+.nearest { display: flex; gap: .4rem; color: var(--soft); font: .7rem/1.2 system-ui, sans-serif }
+.nearest div { flex: 1 } .nearest img { height: 3.5rem }
 @media print { body { padding: 0; font-size: 10pt; print-color-adjust: exact } nav { display: none }
   .gallery { grid-template-columns: repeat(6, 1fr) } figure, tr { break-inside: avoid }
   .matrix { font-size: 5pt } .matrix td, .matrix th { min-width: 0 } }"""
 
 
-def make_page(run, results, show):
-    """Return all results as one HTML page that needs no other file, no script and no network.
-
-    show: `gallery`, with the places of the pictures.
-    """
+def make_page(run, results, copies, settings):
+    """Return all results as one HTML page that needs no other file, no script and no network."""
+    originals = settings.data_dir  # from the page's folder, if they are on one drive
+    if originals.drive == settings.output_dir.drive:
+        originals = Path(os.path.relpath(originals, settings.output_dir))
+    show = functools.partial(gallery, copies=copies, originals=originals.as_posix())
     names, attribute = [escaped(name) for name in run["class_names"]], run["settings"]["ATTRIBUTE"]
     title = f"{attribute}: {results['accuracy']:.1%} of {results['paintings']:,} test paintings"
     sections = {
@@ -509,7 +553,7 @@ def make_page(run, results, show):
         "Learning curve": learning_curve(run["history"]),
         "Class by class": class_table(names, results),
         "Confusions": confusions(names, results["confusion"]),
-        "Paintings that look mislabelled": doubted(results["outliers"], run["class_names"], show),
+        "Paintings that look mislabelled": doubted(results, run["class_names"], show),
         "This run": this_run(run, results)}
     links = [f'<a href="#{n}">{name}</a>' for n, name in enumerate(sections)]
     parts = [f'<h2 id="{n}">{name}</h2>{body}\n' for n, (name, body) in enumerate(sections.items())]
@@ -639,32 +683,33 @@ def confusions(names, confusion):
 
 
 def gallery(rows, words, copies, originals):
-    """Return paintings, rows with a path, with what a function says of each below it.
-
-    Each is an inlined JPEG of at most 200 x 200 pixels, if its resized copy is on this machine, and
-    links to the original, whose path is shown when one points at it.
-    """
-    figures = []
-    for row in rows:
-        path, image, jpeg = row["path"], "", io.BytesIO()
+    """Return paintings, rows with a path, with what a function says of each, as HTML."""
+    def picture(path, side):
+        name, jpeg = html.escape(printable(path)), io.BytesIO()
         with contextlib.suppress(OSError, KeyError):
             with Image.open(copies[path]) as copy:
-                copy.thumbnail((200, 200))
+                copy.thumbnail((side, side))
                 copy.save(jpeg, "JPEG", quality=60, comment=b"")
-            name = html.escape(printable(path))
-            image = (f'<a href="{quote(os.fsencode(f"{originals}/{path}"))}" title="{name}">'
-                     f'<img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}" '
-                     f'alt="{name}"></a>')
-        artist, _, title = Path(path).stem.replace("-", " ").partition("_")
+            return (f'<a href="{quote(os.fsencode(f"{originals}/{path}"))}" title="{name}">'
+                    f'<img src="data:image/jpeg;base64,{b64encode(jpeg.getvalue()).decode()}" '
+                    f'alt="{name}"></a>')
+        return ""
+
+    figures = []
+    for row in rows:
+        artist, _, title = Path(row["path"]).stem.replace("-", " ").partition("_")
         name = f"{escaped(artist.title())}, {escaped(title, 'i')}" if title else escaped(artist)
-        figures.append(f"<figure>{image}<figcaption>{name}<br>{words(row)}</figcaption></figure>")
+        nearest = [f"<div>{picture(other['path'], 80)}{escaped(other['class'])}</div>"
+                   for other in row.get("neighbours", ())]
+        figures.append(f"<figure>{picture(row['path'], 200)}<figcaption>{name}<br>{words(row)}"
+                       f'</figcaption><div class="nearest">{"".join(nearest)}</div></figure>')
     return f'<div class="gallery">{"".join(figures)}</div>' if figures else "<p>None.</p>"
 
 
 def caption(row):
     """Return what model and artist prior say of a painting, as HTML."""
     words = (f"labelled {escaped(row['class'])} {row['class_probability']:.0%} ({row['part']}); "
-             f"model: {escaped(row['model_class'])}")
+             f"model: {escaped(row['model_class'])} {row['model_probability']:.0%}")
     if row["prior_class"]:
         artist = escaped(row["prior"].replace("-", " ").title())
         words += (f"<br>{row['prior_paintings']} others by {artist}: {row['prior_share']:.0%} "
@@ -682,8 +727,9 @@ def select_outliers(outliers):
     return [row for row in doubtful if agree(row)][:30], shown[:PICTURES]
 
 
-def doubted(outliers, class_names, show):
+def doubted(results, class_names, show):
     """Return the paintings most likely to be mislabelled, those on which both agree first."""
+    outliers = results["outliers"]
     both, shown = select_outliers(outliers)
     groups = {name: [row for row in shown if row["class"] == name] for name in class_names}
     parts = [f"<h3>{escaped(name)}</h3>\n{show(rows, caption)}\n"
@@ -691,7 +737,8 @@ def doubted(outliers, class_names, show):
     return f"""<p>Of {len(outliers):,} paintings, training included, these are the most likely to be
 mislabelled; all are in outliers.csv. The model counts by its margin, in training by that of its
 early epochs; the artist by how the other paintings of that artist are labelled. They are worth a
-second look, no more. Expect false alarms: an artist's early and late works stand out too.</p>
+second look, no more. Expect false alarms: an artist's early and late works stand out too. Small
+below: the most similar paintings and their labels. {count_copies(results["near_copies"])}.</p>
 <h3>Start here: model and artist agree</h3><p>Both name the same other class, and less than 5% of 20
 or more other paintings by the artist have this label.</p>{show(both, caption)}
 {"".join(parts)}"""
@@ -708,6 +755,10 @@ def this_run(run, results):
              f"The split ({run['split_source']}): {sizes}. Of the last, "
              f"{results['listed'] - results['paintings']:,} are missing or cannot be read. Page "
              f"made on {time.strftime('%Y-%m-%d')}.")
+    if run["corrected"]:
+        tested = len(set(run["corrected"]).intersection(split["test"]))
+        words += (f" {len(run['corrected']):,} labels were changed by {settings['CORRECTIONS']}; "
+                  f"{tested:,} of them are test paintings, so this accuracy is of another test.")
     return f"""<p>{html.escape(printable(words))}</p>
 {facts((name, html.escape(printable(value))) for name, value in settings.items())}"""
 
@@ -717,7 +768,8 @@ def this_run(run, results):
 
 def main(argv=None):
     """Run the script with the flags in `argv`, by default the command line's."""
-    settings = {name: getattr(train_model, name) for name in train_model.SHARED} | {"VIEWS": VIEWS}
+    settings = {name: getattr(train_model, name) for name in train_model.SHARED}
+    settings |= {"VIEWS": VIEWS, "NEIGHBOURS": NEIGHBOURS}
     parser = train_model.make_parser(__doc__, settings, train_model.__file__, __file__)
     parser.add_argument("pictures", nargs="*", help="classify these files and folders instead")
     return train_model.run_script(run_test, parser.parse_args(argv), "stopped")

@@ -66,6 +66,7 @@ EPOCHS = 20  # passes over the training paintings; 0 checks and prepares the dat
 ATTRIBUTE = "style"  # what to classify: style, artist, genre, or any name with lists in LISTS_DIR
 DATA_DIR = "wikiart"  # the unzipped originals, one folder per style; never written to
 LISTS_DIR = "wikiart_csv"  # ArtGAN's lists, used if the folder exists; "none" goes without
+CORRECTIONS = "corrections.csv"  # rows path,class: other labels for a new run, if it exists
 CACHE_DIR = "wikiart_cache"  # resized copies of the paintings, and nothing else
 OUTPUT_DIR = "."  # checkpoints, tables, the page: all that the two scripts write
 GROUP_BY = "painting"  # "artist" keeps all paintings of an artist in one part of the split
@@ -223,7 +224,7 @@ def train(run, model, split, copies, settings):
 
 
 def train_epoch(model, loader, optimizer, schedule, scaler, title):
-    """Train on each batch once; return the mean loss and `label_margins` (N, 3) of each."""
+    """Train on each batch once; return the mean loss and `label_margins` (N, 4) of each."""
     device = next(model.parameters()).device
     loss_sum, seen, margins = torch.zeros((), device=device), 0, []
     with progress_bar(title, len(loader.dataset)) as bar:
@@ -272,21 +273,22 @@ def evaluate(model, loader, title):
 
 
 def label_margins(logits, labels):
-    """Return (N, 3): the highest other logit minus the label's, class probability, other label."""
+    """Return (N, 4): best other logit minus the label's, both probabilities, the other label."""
     labels = labels[:, None]
-    own, others = logits.gather(1, labels), logits.scatter(1, labels, -torch.inf).max(1)
-    probability = logits.softmax(1).gather(1, labels)
-    return torch.stack([others.values - own[:, 0], probability[:, 0], others.indices], 1)
+    others = logits.scatter(1, labels, -torch.inf).argmax(1, keepdim=True)
+    margins = logits.gather(1, others) - logits.gather(1, labels)
+    probabilities = logits.softmax(1)
+    return torch.cat([margins, probabilities.gather(1, labels), probabilities.gather(1, others),
+                      others], 1)
 
 
 def update_margins(means, paths, margins, restart):
-    """Update the means {path: [margin, probability, other label, epochs]} with an epoch's."""
-    for path, (margin, probability, other) in zip(paths, margins.tolist()):
+    """Update the means {path: [margin, 2 probabilities, other label, epochs]} with an epoch's."""
+    for path, (*values, other) in zip(paths, margins.tolist()):
         old = None if restart else means.get(path)
-        mean, share, _, epochs = old or (0.0, 0.0, 0, 0)
-        mean += (margin - mean) / (epochs + 1)
-        share += (probability - share) / (epochs + 1)
-        means[path] = [mean, share, int(other), epochs + 1]
+        *former, _, epochs = old or (0.0, 0.0, 0.0, 0, 0)
+        new = [mean + (value - mean) / (epochs + 1) for mean, value in zip(former, values)]
+        means[path] = [*new, int(other), epochs + 1]
 
 
 def best_epoch(history):
@@ -384,7 +386,7 @@ class PaintingDataset(Dataset):
             with Image.open(file) as image:
                 image.load()
         except OSError as error:
-            raise OSError(f"cannot read {file} ({error}): delete it, and start again") from error
+            raise OSError(f"cannot read {file} ({error}): delete it, then start again") from error
         if self.seed is None:
             image = center_crop(image, self.image_size, self.place)
         pixels = torch.from_numpy(np.array(image))
@@ -488,9 +490,10 @@ def set_up_run(settings):
             read_lists(settings.lists_dir, settings.attribute) if settings.lists_dir else
             label_by_folder_or_artist(found, settings.attribute, settings.min_paintings))
         split, source = split_paintings(labels, test_list, settings.group_by, settings.seed)
+        split = match_paths(split, found)
         run = {"format": FORMAT, "class_names": class_names, "settings": chosen, "split": split,
                "split_source": source, "planned_epochs": settings.epochs, "history": [],
-               "margins": {}}
+               "margins": {}, "corrected": correct_labels(split, class_names, settings.corrections)}
     run |= {"torch": str(torch.__version__), "split": match_paths(run["split"], found)}
     run |= match_paths({"margins": run["margins"]}, found)
     listed = {path for labels in run["split"].values() for path in labels}
@@ -693,6 +696,23 @@ def label_by_folder_or_artist(found, attribute, min_paintings):
     label_of = {name: label for label, name in enumerate(class_names)}
     labels = {path: label_of[name_of(path)] for path in found if name_of(path) in label_of}
     return class_names, labels, None
+
+
+def correct_labels(split, class_names, table):
+    """Label {part: {path: label}} as a table says, if it is there; return the paths of changes."""
+    if table == "corrections.csv" and not os.path.exists(table):
+        return []
+    with open(table, encoding="utf-8-sig", errors="replace", newline="") as file:
+        names = {row.get("path"): row.get("class") for row in csv.DictReader(file)}
+    if unknown := set(names.values()).difference(class_names):
+        raise InputError(f"{table} must have columns path and class; no class is {unknown.pop()!r}")
+    changed = [path for labels in split.values() for path, label in labels.items()
+               if names.get(path, class_names[label]) != class_names[label]]
+    for labels in split.values():
+        labels |= {path: class_names.index(names[path]) for path in labels.keys() & names.keys()}
+    lost = len(names.keys() - set().union(*split.values()))
+    print(f"{len(changed):,} labels changed by {printable(table)}; {lost:,} of its paths not found")
+    return changed
 
 
 def match_paths(tables, found):
@@ -920,7 +940,7 @@ def reason_of(error, path):
 # --------------------------------------------------------------------------- files and checkpoints
 # A checkpoint is the run: a dictionary with its settings, classes, split and history, and weights.
 
-FORMAT = 4  # of the checkpoints
+FORMAT = 5  # of the checkpoints
 
 
 def write_atomically(path, content):
@@ -1009,7 +1029,7 @@ def load_checkpoint(path):
     """Load a checkpoint of `save_epoch`; raise InputError if it is none, or damaged."""
     run = load_tensors(path)
     if not isinstance(run, dict) or run.get("format") != FORMAT:
-        raise InputError(f"{path} is of another version of train_model.py: use it, or move this")
+        raise InputError(f"{path} is of another version of this script: use that, or move it away")
     return run
 
 
@@ -1110,7 +1130,7 @@ LIMITS = {  # the least and the most
     "epochs": (0, 10**6), "batch_size": (WORLD_SIZE, 10**6), "image_size": (64, 512),
     "learning_rate": (1e-9, 10), "backbone_rate": (0, 100), "frozen_epochs": (0, 10**6),
     "warmup_epochs": (0, 10**6), "weight_decay": (0, 10), "dropout": (0, 0.99),
-    "workers": (-1, 1000), "seed": (0, 2**32)}
+    "workers": (-1, 1000), "seed": (0, 2**32), "neighbours": (0, 9)}
 
 
 class InputError(Exception):

@@ -211,9 +211,10 @@ def test_every_painting_of_the_run_is_an_outlier_once(finished, tested):
     for row in rows:
         assert row["model_class"] in set(run["class_names"]) - {row["class"]}
         if row["part"] != "test":
-            margin, probability, other, _ = run["margins"][row["path"]]
+            margin, *probabilities, other, _ = run["margins"][row["path"]]
             assert float(row["margin"]) == pytest.approx(margin, rel=1e-5)
-            assert float(row["class_probability"]) == pytest.approx(probability, rel=1e-5)
+            assert [float(row["class_probability"]), float(row["model_probability"])
+                    ] == pytest.approx(probabilities, rel=1e-5)
             assert row["model_class"] == run["class_names"][other]
     by_path = {row["path"]: row for row in rows}
     for row in tested.predictions:
@@ -267,7 +268,7 @@ def test_doubt_is_as_defined():
                      int(chance.integers(3)) for n in range(50)} for part in tm.PARTS}
     labels["train"] |= {f"S/nameless-{n}.jpg": n % 3 for n in range(4)}
     unused = list(labels["train"])[7]
-    margins = {path: [scale * chance.normal() - 1, 0.5, (label + 1) % 3, 3]
+    margins = {path: [scale * chance.normal() - 1, 0.5, 0.2, (label + 1) % 3, 3]
                for scale, part in zip((3, 1, 2), labels) for path, label in labels[part].items()
                if path != unused}
     run = {"class_names": names, "split": labels, "settings": {"ATTRIBUTE": "style"}}
@@ -287,14 +288,104 @@ def test_doubt_is_as_defined():
     assert {row["path"]: row["doubt"] for row in rows} == pytest.approx(doubts)
 
 
-def test_twins_are_listed():
-    """Of three files of one name, one is of the same class as another; numbers are no titles."""
-    split = {"train": {"A/x_1.jpg": 0, "B/x_1.jpg": 1, "A/y_1.jpg": 0}, "validation": {},
-             "test": {"C/x_1.jpg": 1, "B/y_2.jpg": 1} | {f"{n}/7.jpg": n % 2 for n in range(6)}
-             | {f"{n}/0007_12-3.png": n % 2 for n in range(6)}}
-    assert test_model.find_twins(split, ["a", "b"]) == [
-        {"path": "A/x_1.jpg", "class": "a", "twin": "B/x_1.jpg", "twin_class": "b"},
-        {"path": "A/x_1.jpg", "class": "a", "twin": "C/x_1.jpg", "twin_class": "b"}]
+def test_near_copies_are_the_most_similar_pairs(monkeypatch):
+    """More than two blocks of 512 rows, against all pairs at once."""
+    monkeypatch.setattr(test_model, "NEAR_COPIES", 200)
+    random = torch.Generator().manual_seed(3)
+    features = torch.nn.functional.normalize(torch.randn(1200, 16, generator=random))
+    features[1100] = features[3]  # twins that are far apart
+    rows = [{"path": f"{n}.jpg", "class": "abc"[n % 3], "part": tm.PARTS[n // 7 % 3]}
+            for n in range(len(features))]
+    similarity = (features @ features.T).numpy()[np.triu_indices(1200, 1)]
+    likeliest = np.argsort(-similarity)[:200]
+    pairs = [[index[place] for index in np.triu_indices(1200, 1)] for place in likeliest]
+    found = test_model.find_near_copies(rows, features)
+    assert {(pair["path"], pair["copy"]) for pair in found} == {
+        (f"{a}.jpg", f"{b}.jpg") for a, b in pairs}
+    assert sorted((pair["similarity"] for pair in found), reverse=True) == pytest.approx(
+        similarity[likeliest].tolist(), abs=1e-6)
+    kinds = [(pair["class"] == pair["copy_class"], pair["part"] == pair["copy_part"],
+              -pair["similarity"]) for pair in found]
+    assert kinds == sorted(kinds) and len({kind[:2] for kind in kinds}) == 4
+    twins = [pair for pair in found if pair["path"] == "3.jpg" and pair["copy"] == "1100.jpg"]
+    assert twins[0]["class"] == "a" and twins[0]["copy_class"] == "c"
+    assert twins[0]["similarity"] == pytest.approx(1, abs=1e-6)
+
+
+def test_features_and_neighbours(finished, tested, tmp_path):
+    """Features are pooled maps of centre crops; the page shows the three most similar of each."""
+    features, rows = np.load(tested.out / "features.npy"), read(tested.out / "features.csv")
+    assert [row["path"] for row in rows] == [row["path"] for row in tested.outliers]
+    assert {(row["path"], row["class"], row["part"]) for row in rows} == {
+        (row["path"], row["class"], row["part"]) for row in tested.outliers}
+    _, model = test_model.load_best(tested.out)
+    copies = copies_in(finished.folder)
+    for place in (0, 17, 39):
+        image = crop(copies[rows[place]["path"]], 0.5)[None]
+        with torch.inference_mode():
+            vector = model.features(tm.to_images(image, torch.device("cpu"))).mean((2, 3))[0]
+        assert features[place] == pytest.approx((vector / vector.norm()).numpy(), abs=2e-3)
+    similarity = features.astype(np.float32) @ features.astype(np.float32).T
+    places = {row["path"]: place for place, row in enumerate(rows)}
+    figures = [figure for figure in page_of(tested.out).select(".gallery figure")
+               if figure.select(".nearest img")]
+    assert figures
+    for figure in figures:
+        path, *nearest = [image["alt"] for image in figure.select("img")]
+        nearest_of = np.argsort(-similarity[places[path]], kind="stable")
+        expected = [similarity[places[path], place] for place in nearest_of
+                    if place != places[path]][:3]
+        assert [similarity[places[path], places[name]] for name in nearest] == pytest.approx(
+            expected, abs=1e-3)
+        assert texts(figure.select(".nearest div")) == [
+            rows[places[name]]["class"].replace("_", " ") for name in nearest]
+    without = examine(finished, tmp_path, "--neighbours", "0")
+    assert without.lines[-1] == tested.lines[-1] and not (tmp_path / "near_copies.csv").exists()
+    assert not page_of(tmp_path).select(".nearest img")
+
+
+def write_corrections(path, rows):
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:  # as Excel saves it
+        table = csv.DictWriter(file, list(rows[0]), extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def test_corrected_labels_are_trained_and_tested_on(finished, tested, tmp_path, capsys):
+    """outliers.csv with ten classes edited; the split stays, and a resumed run keeps its labels."""
+    styles, out = sorted(set(finished.painted.values())), tmp_path / "out"
+    rows = [row.copy() for row in tested.outliers]
+    for row in rows[:10]:
+        row["class"] = styles[(styles.index(row["class"]) + 1) % len(styles)]
+    changed = {row["path"]: row["class"] for row in rows[:10]}
+    write_corrections(tmp_path / "corrected.csv", [*rows, rows[0] | {"path": "Nowhere/x.jpg"}])
+    flags = [*finished.flags, "--output-dir", str(out),
+             "--corrections", str(tmp_path / "corrected.csv")]
+    assert tm.main([*flags, "--epochs", "1"]) == 0
+    assert re.search(r"(?m)^10 labels .* 1 of its paths", capsys.readouterr().out)
+    write_corrections(tmp_path / "corrected.csv", rows[10:])
+    assert tm.main([*flags, "--epochs", "2"]) == 0
+    run, former = (tm.load_checkpoint(folder / "model_last.pth") for folder in (out, finished.out))
+    assert former["corrected"] == [] and set(run["corrected"]) == set(changed)
+    for part in tm.PARTS:
+        assert list(run["split"][part]) == list(former["split"][part])
+        assert {path: styles[label] for path, label in run["split"][part].items()} == {
+            path: changed.get(path, finished.painted[path]) for path in run["split"][part]}
+    assert test_model.main([*folders_to_test(finished.folder), "--output-dir", str(out)]) == 0
+    count = len(changed.keys() & run["split"]["test"].keys())
+    assert 0 < count < 10  # of both kinds
+    assert re.search(rf"10 labels .* {count} of them are test", " ".join(page_of(out).text.split()))
+
+
+@pytest.mark.parametrize("row", [{"path": "a", "class": "Cubisme"}, {"file": "a", "kind": "b"}])
+def test_corrections_of_no_class_are_an_error(finished, tmp_path, capsys, row):
+    write_corrections(tmp_path / "wrong.csv", [row])
+    flags = [*finished.flags, "--output-dir", str(tmp_path / "out")]
+    assert tm.main([*flags, "--corrections", str(tmp_path / "wrong.csv")]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch("error: .*wrong.csv.*\n", error) and repr(row.get("class")) in error
+    assert tm.main([*flags, "--corrections", str(tmp_path / "nowhere.csv")]) == 1
+    assert re.fullmatch("error: .*nowhere.csv.*\n", capsys.readouterr().err)
 
 
 def plant_and_test(data_dir, folder, names, labels, test_list, *more):
@@ -440,7 +531,7 @@ def test_a_page_of_27_classes_with_hostile_names(tmp_path):
            "seconds": 60.0}
     run = {"class_names": names, "split_source": "<s>", "device": "<u>", "torch": "<u>",
            "split": {"train": {"<b>_1.jpg": 0}, "validation": {}, "test": test},
-           "margins": {"<b>_1.jpg": [1.0, 0.5, 1, 1]}, "history": [row] * 3,
+           "margins": {"<b>_1.jpg": [1.0, 0.5, 0.2, 1, 1]}, "history": [row] * 3, "corrected": [],
            "settings": {"EPOCHS": 3, "WEIGHTS": "<b>", "ATTRIBUTE": "<i>"}}
     settings = SimpleNamespace(output_dir=tmp_path, data_dir=tmp_path,
                                cache_dir=tmp_path / "cache", image_size=64)
@@ -486,19 +577,21 @@ def counted(tmp_path, capsys):
     train = {f"Cubism/a_{n}.jpg": 0 for n in range(50, 55)}
     train |= {f"Naive_Art/b_{n}.jpg": 1 for n in range(20, 36)} | {"Cubism/b_12.jpg": 0}
     validation = {f"Naive_Art/b_{n}.jpg": 1 for n in range(36, 40)}
-    margins = {path: [-2.0 - label, 0.8, 1 - label, 1]
+    margins = {path: [-2.0 - label, 0.8, 0.1, 1 - label, 1]
                for path, label in (train | validation).items()} | {
-               "Cubism/b_12.jpg": [0.5, 0.3, 1, 1]}
+               "Cubism/b_12.jpg": [0.5, 0.3, 0.4, 1, 1]}
     settings = {name: getattr(tm, name) for name in tm.SETTINGS if "_DIR" not in name}
     run = {
         "class_names": names, "history": history, "split_source": "drawn by painting",
+        "corrected": [],
         "settings": settings | {"ATTRIBUTE": "a style", "EPOCHS": 3}, "margins": margins,
         "split": {"train": train, "validation": validation,
                   "test": test | {"Cubism/missing_1.jpg": 0}},
         "device": "cpu, torch.float32", "torch": "9.9"}
     places = SimpleNamespace(output_dir=out, data_dir=data, cache_dir=tmp_path / "cache",
                              image_size=64)
-    test_model.write_results(run, test, views, copies, places)
+    copies["Cubism/b_12.jpg"] = data / "Cubism/b_12.jpg"
+    test_model.print_accuracy(test_model.write_results(run, test, views, copies, places), out)
     return SimpleNamespace(page=page_of(out), lines=capsys.readouterr().out.splitlines(), out=out,
                            history=history)
 
@@ -613,7 +706,7 @@ def test_later_epochs_count_if_they_are_of_this_run(finished, tested, tmp_path, 
     doubted = min(best["split"]["train"])
     row = best["history"][-1] | {"epoch": len(best["history"]) + 1, "validation_accuracy": 0.0}
     last = best | {"history": [*best["history"], row],
-                   "margins": best["margins"] | {doubted: [99.0, 0.0, 1, 3]}}
+                   "margins": best["margins"] | {doubted: [99.0, 0.0, 1.0, 1, 3]}}
     if kind == "of another run":
         last["history"][0] = last["history"][0] | {"training_loss": 0.5}
     torch.save(last, tmp_path / "model_last.pth")
@@ -656,7 +749,7 @@ def test_outliers_have_their_pictures_on_a_fresh_disk(finished, tmp_path):
     """Those of training too, which testing itself does not need; a damaged copy does no harm."""
     more = ["--cache-dir", str(tmp_path / "cache")]
     tested = examine(finished, tmp_path / "out", *more)
-    figures, images = map(page_of(tested.out).select, (".gallery figure", ".gallery img"))
+    figures, images = map(page_of(tested.out).select, (".gallery figure", "figure > a > img"))
     assert len(figures) == len(images)
     doubtful = [row for row in tested.outliers if float(row["margin"]) > 0]
     first = [row for name in set(finished.painted.values()) for row in
@@ -669,8 +762,8 @@ def test_outliers_have_their_pictures_on_a_fresh_disk(finished, tmp_path):
     for copy in (tmp_path / "cache").rglob("*.jpg"):
         if copy.name not in names:
             copy.write_bytes(copy.read_bytes()[:200])
-    examine(finished, tmp_path / "out", *more)
-    assert 0 < len(page_of(tested.out).select(".gallery img")) < len(figures)
+    examine(finished, tmp_path / "out", *more, "--neighbours", "0")
+    assert 0 < len(page_of(tested.out).select("figure > a > img")) < len(figures)
 
 
 # --------------------------------------------------------------- other machines, disks that refuse
@@ -716,7 +809,7 @@ def test_margins_follow_their_paintings(finished, tested, tmp_path, respelt):
 
 
 WRITTEN = ("report.html", "scores.json", "predictions.csv", "probabilities.npy", "outliers.csv",
-           "twins.csv", "classes.csv", "confusion.csv")
+           "near_copies.csv", "features.npy", "features.csv", "classes.csv", "confusion.csv")
 
 
 @pytest.mark.parametrize("name", WRITTEN)

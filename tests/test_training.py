@@ -197,28 +197,28 @@ BAD_INPUT = [
 
 @pytest.mark.parametrize("flags,message", BAD_INPUT, ids=[" ".join(f) for f, _ in BAD_INPUT])
 def test_bad_input_is_one_line_and_writes_nothing(small_artgan, flags, message, capsys):
-    before = sorted(small_artgan.rglob("*"))
+    before = sorted(small_artgan.rglob("[!.]*.*"))
     flags = [flag.format(small_artgan) for flag in flags]
     assert tm.main([*folders(small_artgan), *QUICK, "--epochs", "1", *flags]) == 1
     captured = capsys.readouterr()
     lines = captured.err.strip().split("\n")
     assert len(lines) == 1 and re.match(f"error: .*({message})", lines[0]), captured.err
-    assert sorted(small_artgan.rglob("*")) == before
+    assert sorted(small_artgan.rglob("[!.]*.*")) == before
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError])
 def test_a_bug_shows_its_traceback(small_artgan, capsys, monkeypatch, kind):
-    """Whatever is no error of the user's or the system's; no folder is left then either."""
+    """Whatever is no error of the user's or the system's."""
     def find_paintings(_):
         raise kind("a bug")
 
-    before = sorted(small_artgan.rglob("*"))
+    before = sorted(small_artgan.rglob("[!.]*.*"))
     monkeypatch.setattr(tm, "find_paintings", find_paintings)
     assert tm.main([*folders(small_artgan), *QUICK]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback") and "in find_paintings" in error
     assert re.search(rf"(?m)^{kind.__name__}: .*a bug", error)
-    assert sorted(small_artgan.rglob("*")) == before
+    assert sorted(small_artgan.rglob("[!.]*.*")) == before
 
 
 def test_a_class_of_broken_pictures_alone_is_an_error(tmp_path, capsys):
@@ -529,13 +529,14 @@ def test_margins_are_those_of_the_early_epochs(finished, tmp_path, monkeypatch, 
     for place, path in enumerate(run["split"]["train"]):
         rows = [margins[epoch - 1][place] for epoch in counted]
         means = [sum(column) / len(counted) for column in zip(*rows)]
-        expected[path] = [means[0], means[1], int(rows[-1][2]), len(counted)]
+        expected[path] = [*means[:3], int(rows[-1][3]), len(counted)]
     best = logits[tm.best_epoch(run["history"]) - 1]
     for (path, label), row in zip(run["split"]["validation"].items(), best):
         others = row.clone()
         others[label] = -torch.inf
-        expected[path] = [(others.max() - row[label]).item(), row.softmax(0)[label].item(),
-                          others.argmax().item(), 1]
+        shares, other = row.softmax(0), others.argmax().item()
+        expected[path] = [(others.max() - row[label]).item(), shares[label].item(),
+                          shares[other].item(), other, 1]
     assert run["margins"].keys() == expected.keys() and len(expected) == 35
     for path, values in expected.items():
         assert run["margins"][path] == pytest.approx(values, abs=1e-5), path
