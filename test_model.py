@@ -249,7 +249,7 @@ def make_prior(split, attribute, class_names):
 
     The artist prior is how his or her other paintings are labelled: of the artist in the file name,
     or, where artists are the classes, of the folder. score: log share of the likeliest other class
-    minus that of the label, each smoothed by one painting of the whole's shares; NaN if unknown.
+    minus that of the label, each smoothed by one painting of the whole's shares; 0 if unknown.
     """
     name_of = style if attribute == "artist" else train_model.artist
     one = np.eye(len(class_names), dtype=int)  # a painting of each class
@@ -264,7 +264,7 @@ def make_prior(split, attribute, class_names):
         total = int(others.sum())
         if not name or not 0 < total < 2 / 3 * everything.sum():  # a name on most is no artist
             return {"prior": "", "prior_paintings": 0, "prior_share": "", "prior_class": "",
-                    "score": math.nan}
+                    "score": 0.0}
         shares = np.log((others + everything / everything.sum()).clip(1e-12) / (total + 1))
         best = np.where(one[label], -np.inf, shares).argmax()
         return {"prior": name, "prior_paintings": total, "prior_share": others[label] / total,
@@ -274,38 +274,26 @@ def make_prior(split, attribute, class_names):
     return prior
 
 
-def rank_shares(values):
-    """Return the rank of each value among them, as a share in 0..1, the mean one of equals."""
-    ordered = np.sort(values)
-    below, up_to = (np.searchsorted(ordered, values, side) for side in ("left", "right"))
-    return (below + up_to) / (2 * len(values))
-
-
 def find_outliers(run, tested, margins):
     """Return a row for each painting, those most likely to be mislabelled first.
 
-    tested: {path: label} of the test; margins: of all, {path: [margin, probability, other, _]}.
-    doubt is the rank in 0..1 of the margin, standardised within its part, plus twice the score of
-    the artist prior, at least -1; without a prior it is the margin's own rank.
+    tested: {path: label} of the test; margins: see `train_model.update_margins`. doubt adds the
+    log odds of another label, of the model and of the artist prior, the latter at least -1. Those
+    of the model count by what it knows: how far validation is above the commonest class, in 0..1.
     """
-    class_names = run["class_names"]
-    prior = make_prior(run["split"], run["settings"]["ATTRIBUTE"], class_names)
-    rows = []
-    for part, labels in (run["split"] | {"test": tested}).items():
-        own = [{"path": path, "class": class_names[label], "part": part, "doubt": 0.0,
-                **dict(zip(("margin", "class_probability", "model_probability"), margins[path])),
-                "model_class": class_names[margins[path][3]], **prior(path, label)}
-               for path, label in labels.items() if path in margins]
-        values = np.array([row["margin"] for row in own])
-        for row, value in zip(own, (values - values.mean()) / (values.std() or 1) if own else ()):
-            row["standard"] = value
-        rows += own
-    for row, rank in zip(rows, rank_shares([row["standard"] for row in rows])):
-        row["doubt"] = rank
-    known = [row for row in rows if not math.isnan(row["score"])]
-    joined = [row["standard"] + 2 * max(row["score"], -1) for row in known]
-    for row, rank in zip(known, rank_shares(joined)):
-        row["doubt"] = rank
+    class_names, split, rows = run["class_names"], run["split"], []
+    prior = make_prior(split, run["settings"]["ATTRIBUTE"], class_names)
+    accuracy = max(row["validation_accuracy"] for row in run["history"])
+    commonest = max(Counter(split["validation"].values()).values()) / len(split["validation"])
+    trust = max(0.01, (accuracy - commonest) / max(0.01, 1 - commonest))
+    for part, labels in (split | {"test": tested}).items():
+        for path, label in labels.items():
+            if path in margins:
+                margin, own, others, other, _ = margins[path]
+                row = {"path": path, "class": class_names[label], "part": part, "margin": margin,
+                       "class_probability": own, "model_class": class_names[other],
+                       "model_probability": others, **prior(path, label)}
+                rows.append(row | {"doubt": trust * margin + max(row["score"], -1)})
     return sorted(rows, key=lambda row: (-row["doubt"], row["path"]))
 
 

@@ -21,7 +21,6 @@ import sklearn.metrics as sk
 import torch
 from bs4 import BeautifulSoup
 from PIL import Image
-from scipy.stats import rankdata
 
 import test_model
 import train_model as tm
@@ -207,7 +206,7 @@ def test_every_painting_of_the_run_is_an_outlier_once(finished, tested):
     assert len(rows) == len(parts) == 40
     assert {row["path"]: row["class"] for row in rows} == finished.painted
     doubts = [float(row["doubt"]) for row in rows]
-    assert doubts == sorted(doubts, reverse=True) and 0 < doubts[-1] < 0.1 and doubts[0] > 0.9
+    assert doubts == sorted(doubts, reverse=True) and doubts[-1] < 0 < doubts[0]
     for row in rows:
         assert row["model_class"] in set(run["class_names"]) - {row["class"]}
         if row["part"] != "test":
@@ -248,7 +247,7 @@ def test_the_artist_prior_was_counted():
         np.log((2 + one[1]) / (3 + one[0])))
     assert known("B/y_1.jpg", 1) == ["y", 1, 0, "c"]
     for alone in ("C/z_1.jpg", "C/nameless.jpg"):
-        assert known(alone, 2) == ["", 0, "", ""] and np.isnan(of_artist(alone, 2)["score"])
+        assert known(alone, 2) == ["", 0, "", ""] and of_artist(alone, 2)["score"] == 0
     assert known("B/x_5.jpg", 1, of_folder) == ["B", 2, 1, ""]
 
 
@@ -257,33 +256,32 @@ def test_a_name_on_nearly_all_is_no_artist(name):
     """IMG_1.jpg, IMG_2.jpg and so on say nothing of a painting."""
     labels = {f"A/{name}_{n}.jpg": n % 2 for n in range(30)} | {"A/x_1.jpg": 0, "A/x_2.jpg": 1}
     prior = test_model.make_prior({"train": labels}, "style", ["a", "b"])
-    assert np.isnan(prior(f"A/{name}_1.jpg", 1)["score"])
+    assert prior(f"A/{name}_1.jpg", 1)["score"] == 0
     assert prior("A/x_1.jpg", 0)["prior_class"] == "b"
 
 
-def test_doubt_is_as_defined():
-    """By scipy's ranks; without a prior it is the rank of the margin alone."""
+@pytest.mark.parametrize("accuracy,trust", [(0.1, 0.01), (0.4, 0.01), (0.7, 0.5), (1.0, 1.0)])
+def test_doubt_is_as_defined(accuracy, trust):
+    """The margin counts by what validation finds beyond the 40 % of the commonest class."""
     chance, names = np.random.default_rng(4), ["a", "b", "c"]
     labels = {part: {f"S/artist-{n % 8}_{part}-{n}.jpg": n % 8 % 3 if chance.random() < 0.8 else
                      int(chance.integers(3)) for n in range(50)} for part in tm.PARTS}
     labels["train"] |= {f"S/nameless-{n}.jpg": n % 3 for n in range(4)}
+    labels["validation"] = dict(zip(labels["validation"], [0] * 20 + [1, 2] * 15))
     unused = list(labels["train"])[7]
-    margins = {path: [scale * chance.normal() - 1, 0.5, 0.2, (label + 1) % 3, 3]
-               for scale, part in zip((3, 1, 2), labels) for path, label in labels[part].items()
-               if path != unused}
-    run = {"class_names": names, "split": labels, "settings": {"ATTRIBUTE": "style"}}
+    margins = {path: [3 * chance.normal() - 1, 0.5, 0.2, (label + 1) % 3, 3]
+               for part in labels.values() for path, label in part.items() if path != unused}
+    history = [{"validation_accuracy": share} for share in (0.05, accuracy, 0.08)]
+    run = {"class_names": names, "split": labels, "settings": {"ATTRIBUTE": "style"},
+           "history": history}
     rows = test_model.find_outliers(run, labels["test"], margins)
-    prior, standard, scores = test_model.make_prior(labels, "style", names), {}, {}
+    prior, doubts = test_model.make_prior(labels, "style", names), {}
     for part in labels.values():
-        used = [path for path in part if path != unused]
-        values = np.array([margins[path][0] for path in used])
-        standard |= dict(zip(used, (values - values.mean()) / values.std()))
-        scores |= {path: prior(path, part[path])["score"] for path in used}
-    doubts = dict(zip(standard, (rankdata(list(standard.values())) - 0.5) / len(standard)))
-    known = [path for path, value in scores.items() if not np.isnan(value)]
-    assert len(doubts) == len(known) + 4 == 153 and min(scores[path] for path in known) < -1
-    joined = [standard[path] + 2 * max(scores[path], -1) for path in known]
-    doubts |= dict(zip(known, (rankdata(joined) - 0.5) / len(known)))
+        for path in part.keys() - {unused}:
+            score = prior(path, part[path])["score"]
+            assert (score == 0) == ("nameless" in path)
+            doubts[path] = trust * margins[path][0] + max(score, -1)
+    assert len(doubts) == 153
     assert [row["doubt"] for row in rows] == pytest.approx(sorted(doubts.values(), reverse=True))
     assert {row["path"]: row["doubt"] for row in rows} == pytest.approx(doubts)
 
