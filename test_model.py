@@ -151,9 +151,9 @@ def print_scores(run, results):
     guesses = "; ".join(f"{name} {100 * share:.1f} %"
                         for name, share in results["baselines"].items())
     print(f"baselines that never look at the picture: {guesses}")
-    outliers = results["outliers"]
-    print(f"{sum(map(agree, outliers)):,} of {len(outliers):,} paintings look mislabelled, by model "
-          "and by artist (outliers.csv)")
+    agreed = sum(map(agree, results["outliers"]))
+    print(f"{agreed:,} of {len(results['outliers']):,} paintings look mislabelled, by model and by "
+          "artist (outliers.csv)")
     if missing := results["listed"] - results["paintings"]:
         print(f"{missing:,} of {results['listed']:,} test paintings are missing or cannot be read")
 
@@ -305,7 +305,7 @@ def agree(row):
 
 # -------------------------------------------------------------------------------------- neighbours
 
-NEAR_COPIES, ALIKE = 1000, 0.9  # pairs in near_copies.csv; cosine similarity of the same picture
+NEAR_COPIES = 100  # pairs in near_copies.csv at least; there is one for each 50 paintings
 
 
 def find_neighbours(run, model, results, copies, settings):
@@ -330,12 +330,13 @@ def write_neighbours(run, results, rows, features, copies, settings):
     results["near_copies"] = find_near_copies(rows, features)
     columns = ("path", "class", "part", "copy", "copy_class", "copy_part", "similarity")
     write_extra(folder / "near_copies.csv", train_model.csv_table(columns, results["near_copies"]))
-    print(count_copies(results["near_copies"]))
+    print(f"{describe_copies(results['near_copies'])} (near_copies.csv)")
     places = {row["path"]: place for place, row in enumerate(rows)}
     for row in itertools.chain(*select_outliers(rows)):
         similarity = features @ features[places[row["path"]]]
         nearest = similarity.topk(min(settings.neighbours + 1, len(rows))).indices.tolist()
-        row["neighbours"] = [rows[place] for place in nearest if rows[place] is not row]
+        others = [rows[place] for place in nearest if rows[place] is not row]
+        row["neighbours"] = others[: settings.neighbours]
     write_extra(folder / "report.html", make_page(run, results, copies, settings))
 
 
@@ -344,13 +345,13 @@ def find_near_copies(rows, features):
 
     features: (N, C), L2-normalised. Of each painting the five most similar later rows count.
     """
-    pairs = []
+    pairs, most = [], max(NEAR_COPIES, len(rows) // 50)
     for start in range(0, len(rows), 512):  # 512 x 81,446 similarities take 170 MB
         similarity = (features[start : start + 512] @ features[start:].T).triu(1)
         best = similarity.topk(min(5, similarity.shape[1]))
         for a, (values, others) in enumerate(zip(*(part.tolist() for part in best)), start):
             pairs += [(value, a, start + b) for value, b in zip(values, others) if start + b > a]
-        pairs = sorted(pairs, reverse=True)[:NEAR_COPIES]
+        pairs = sorted(pairs, reverse=True)[:most]
     pairs = [(value, rows[a], rows[b]) for value, a, b in pairs]
     pairs.sort(key=lambda pair: [pair[1][key] == pair[2][key] for key in ("class", "part")])
     return [{"path": a["path"], "class": a["class"], "part": a["part"], "copy": b["path"],
@@ -358,13 +359,13 @@ def find_near_copies(rows, features):
             for value, a, b in pairs]
 
 
-def count_copies(near_copies):
-    """Return how many near copies there are of which kind, in words."""
-    alike = [pair for pair in near_copies if pair["similarity"] >= ALIKE]
-    classes = sum(pair["class"] != pair["copy_class"] for pair in alike)
-    leaks = sum({pair["part"], pair["copy_part"]} == {"train", "test"} for pair in alike)
-    return (f"{len(alike):,} pairs look like copies: {classes:,} are in two classes, {leaks:,} in "
-            "training and test (near_copies.csv)")
+def describe_copies(pairs):
+    """Return how similar the most similar pairs are, and how many of which kind, in words."""
+    similar = [pair["similarity"] for pair in pairs] or [0]
+    classes = sum(pair["class"] != pair["copy_class"] for pair in pairs)
+    leaks = sum({pair["part"], pair["copy_part"]} == {"train", "test"} for pair in pairs)
+    return (f"the {len(pairs):,} most similar pairs (1 is a copy; {min(similar):.2f} to "
+            f"{max(similar):.2f}): {classes:,} in two classes, {leaks:,} in training and test")
 
 
 # ----------------------------------------------------------------------------------- your pictures
@@ -489,7 +490,7 @@ def write_tables(folder, class_names, results):
 # -------------------------------------------------------------------------------------------- page
 
 GALLERY, PICTURES = 6, 300  # paintings that the page shows of a class, and of all, at most
-MATRIX = 40  # classes that its confusion matrix shows at most
+MATRIX = 28  # classes that its confusion matrix shows at most, as many as a printed page holds
 CSS = """:root { color-scheme: light dark; --blue: 70 130 200;
   --soft: color-mix(in srgb, CanvasText 70%, Canvas); --line: rgb(128 128 128 / .35) }
 * { box-sizing: border-box; min-width: 0; margin: 0; padding: 0 }
@@ -719,14 +720,16 @@ def doubted(results, class_names, show):
     """Return the paintings most likely to be mislabelled, those on which both agree first."""
     outliers = results["outliers"]
     both, shown = select_outliers(outliers)
+    pairs = results["near_copies"]
+    similar = f" In the whole collection, {describe_copies(pairs)}." if pairs else ""
     groups = {name: [row for row in shown if row["class"] == name] for name in class_names}
     parts = [f"<h3>{escaped(name)}</h3>\n{show(rows, caption)}\n"
              for name, rows in groups.items() if rows]
     return f"""<p>Of {len(outliers):,} paintings, training included, these are the most likely to be
 mislabelled; all are in outliers.csv. The model counts by its margin, in training by that of its
-early epochs; the artist by how the other paintings of that artist are labelled. They are worth a
+early epochs, as far as it can be trusted; the artist by how the other paintings of that artist are labelled. They are worth a
 second look, no more. Expect false alarms: an artist's early and late works stand out too. Small
-below: the most similar paintings and their labels. {count_copies(results["near_copies"])}.</p>
+below: the most similar paintings and their labels.{similar}</p>
 <h3>Start here: model and artist agree</h3><p>Both name the same other class, and less than 5% of 20
 or more other paintings by the artist have this label.</p>{show(both, caption)}
 {"".join(parts)}"""

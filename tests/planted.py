@@ -71,7 +71,7 @@ def describe(kind, rows, run, planted):
     doubt = np.array([float(row["doubt"]) for row in rows])
     truth = np.array([row["path"] in planted for row in rows])
     for place, inside in ({"all": np.full(len(rows), True)} | parts).items():
-        for name, values in (("margin", margins), ("prior", np.nan_to_num(scores)),
+        for name, values in (("margin", margins), ("prior", scores),
                              ("doubt", doubt)):  # without a prior, its score is 0
             wrong, found = truth[inside], values[inside]
             first = np.argsort(-found, kind="stable")[: round(len(found) / 20)]

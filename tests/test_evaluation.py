@@ -528,7 +528,7 @@ def test_a_page_of_27_classes_with_hostile_names(tmp_path):
     row = {"epoch": 1, "training_loss": 1.0, "validation_loss": 2.0, "validation_accuracy": 0.5,
            "seconds": 60.0}
     run = {"class_names": names, "split_source": "<s>", "device": "<u>", "torch": "<u>",
-           "split": {"train": {"<b>_1.jpg": 0}, "validation": {}, "test": test},
+           "split": {"train": {"<b>_1.jpg": 0}, "validation": {"<b>_2.jpg": 0}, "test": test},
            "margins": {"<b>_1.jpg": [1.0, 0.5, 0.2, 1, 1]}, "history": [row] * 3, "corrected": [],
            "settings": {"EPOCHS": 3, "WEIGHTS": "<b>", "ATTRIBUTE": "<i>"}}
     settings = SimpleNamespace(output_dir=tmp_path, data_dir=tmp_path,
