@@ -727,9 +727,9 @@ def doubted(results, class_names, show):
              for name, rows in groups.items() if rows]
     return f"""<p>Of {len(outliers):,} paintings, training included, these are the most likely to be
 mislabelled; all are in outliers.csv. The model counts by its margin, in training by that of its
-early epochs, as far as it can be trusted; the artist by how the other paintings of that artist are labelled. They are worth a
-second look, no more. Expect false alarms: an artist's early and late works stand out too. Small
-below: the most similar paintings and their labels.{similar}</p>
+early epochs, as far as it can be trusted; the artist by how the other paintings of that artist are
+labelled. They are worth a second look, no more. Expect false alarms: an artist's early and late
+works stand out too. Small below: the most similar paintings and their labels.{similar}</p>
 <h3>Start here: model and artist agree</h3><p>Both name the same other class, and less than 5% of 20
 or more other paintings by the artist have this label.</p>{show(both, caption)}
 {"".join(parts)}"""
