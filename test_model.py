@@ -8,7 +8,7 @@ Reads model_best.pth in OUTPUT_DIR, which names the test paintings, those painti
 epochs in model_last.pth if it exists. Writes to OUTPUT_DIR report.html, a page to look at;
 outliers.csv, all paintings, those that look mislabelled first; near_copies.csv, the most similar
 pairs; and for programs scores.json, predictions.csv and, with rows in the same order,
-probabilities.npy (N, classes), classes.csv, confusion.csv, features.npy (N, 2048) and features.csv.
+probabilities.npy (N, classes), classes.csv, confusion.csv, features.csv and features.npy (N, 2048).
 
     main                    settings: those of train_model.py, the constants below, and flags
       run_test
@@ -33,7 +33,7 @@ import sys
 import time
 from base64 import b64encode
 from collections import Counter, defaultdict
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -48,7 +48,7 @@ from train_model import InputError, printable, style, write_extra
 # DATA_DIR, CACHE_DIR, OUTPUT_DIR, BATCH_SIZE and WORKERS are those of train_model.py.
 
 VIEWS = 3  # crops of a painting whose logits are averaged: 1 is the centre, 3 adds both ends
-NEIGHBOURS = 3  # most similar paintings beside one that looks mislabelled; 0 does not search
+NEIGHBOURS = 3  # most similar paintings below one that looks mislabelled; 0 skips the search
 
 PLACES = {1: [0.5], 3: [0, 0.5, 1]}  # of the crops along the long side, from start to end
 
@@ -76,10 +76,7 @@ def load_best(output_dir):
     """Return the best run of a folder, with its "class_names", and its model, ready to test."""
     file = Path(output_dir) / "model_best.pth"
     if not file.exists():
-        lost = file.with_name("model_last.pth").exists()
-        raise InputError(f"{file} is missing: " + (
-            "bring it back, or train with another OUTPUT_DIR" if lost else
-            "run train_model.py first"))
+        raise InputError(f"{file} is missing: bring it back, or run train_model.py first")
     run = train_model.load_checkpoint(file)
     model = train_model.ArtClassifier(len(run["class_names"]))
     train_model.load_weights(model, run.pop("model"), file)
@@ -91,10 +88,9 @@ def prepare_test(run, settings):
     with contextlib.suppress(OSError, InputError):  # the later epochs, if available
         last = train_model.load_checkpoint(settings.output_dir / "model_last.pth")
         if last["history"][: len(run["history"])] == run["history"]:
-            run |= {name: last[name] for name in ("history", "settings", "margins")}
+            run |= {name: last[name] for name in ("history", "settings", "margins", "split")}
     found = train_model.find_paintings(settings.data_dir)
-    run["split"] = train_model.match_paths(run["split"], found)
-    run |= train_model.match_paths({"margins": run["margins"]}, found)
+    train_model.locate_paintings(run, found)
     test, everything = run["split"]["test"], set().union(*run["split"].values())
     copies, _ = train_model.resize_paintings(
         sorted(everything.intersection(found)), settings.data_dir, settings.cache_dir,
@@ -133,6 +129,8 @@ def write_results(run, labels, views, copies, settings):
         "probabilities": logits.double().softmax(1).float().numpy(),
         "outliers": find_outliers(run, labels, margins), "near_copies": []}
     results["beats_guessing"] = results["interval"][0] > next(iter(results["baselines"].values()))
+    results["agreed"], results["shown"] = select_outliers(
+        [row for row in results["outliers"] if row["path"] in copies])
     write_tables(folder, class_names, results)
     write_extra(folder / "report.html", make_page(run, results, copies, settings))
     print_scores(run, results)
@@ -171,7 +169,7 @@ def print_accuracy(results, folder):
 
 SCORES = (  # beside the accuracy; with five classes or fewer, the first says nothing
     ("top5", "top-5 accuracy", "the label is among the five likeliest classes"),
-    ("macro_f1", "macro-F1", "precision and recall in one; every class counts alike"))
+    ("macro_f1", "macro-F1", "balances precision and recall; every class weighs the same"))
 
 
 def score(logits, labels):
@@ -263,13 +261,12 @@ def make_prior(split, attribute, class_names):
         name, others = name_of(path), counts[name_of(path)] - one[label]  # without the painting
         total = int(others.sum())
         if not name or not 0 < total < 2 / 3 * everything.sum():  # a name on most is no artist
-            return {"prior": "", "prior_paintings": 0, "prior_share": "", "prior_class": "",
-                    "score": 0.0}
+            return {"prior_paintings": 0, "prior_class": "", "score": 0.0}
         shares = np.log((others + everything / everything.sum()).clip(1e-12) / (total + 1))
         best = np.where(one[label], -np.inf, shares).argmax()
         return {"prior": name, "prior_paintings": total, "prior_share": others[label] / total,
                 "prior_class": class_names[best] if others[best] else "",
-                "score": shares[best] - shares[label]}
+                "usual": others[best] / total, "score": shares[best] - shares[label]}
 
     return prior
 
@@ -278,8 +275,8 @@ def find_outliers(run, tested, margins):
     """Return a row for each painting, those most likely to be mislabelled first.
 
     tested: {path: label} of the test; margins: see `train_model.update_margins`. doubt adds the
-    log odds of another label, of the model and of the artist prior, the latter at least -1. Those
-    of the model count by what it knows: how far validation is above the commonest class, in 0..1.
+    log odds of another label, by the model (the margin) and by the artist prior (at least -1). The
+    former is weighted by how far validation accuracy exceeds the commonest class's, in 0..1.
     """
     class_names, split, rows = run["class_names"], run["split"], []
     prior = make_prior(split, run["settings"]["ATTRIBUTE"], class_names)
@@ -289,23 +286,22 @@ def find_outliers(run, tested, margins):
     for part, labels in (split | {"test": tested}).items():
         for path, label in labels.items():
             if path in margins:
-                margin, own, others, other, _ = margins[path]
-                row = {"path": path, "class": class_names[label], "part": part, "margin": margin,
-                       "class_probability": own, "model_class": class_names[other],
-                       "model_probability": others, **prior(path, label)}
-                rows.append(row | {"doubt": trust * margin + max(row["score"], -1)})
+                own, others, other, _ = margins[path]  # log probabilities, and a label
+                row = {"path": path, "class": class_names[label], "part": part,
+                       "margin": others - own, "class_probability": math.exp(own),
+                       "model_class": class_names[other], "model_probability": math.exp(others),
+                       **prior(path, label)}
+                rows.append(row | {"doubt": trust * (others - own) + max(row["score"], -1)})
     return sorted(rows, key=lambda row: (-row["doubt"], row["path"]))
 
 
 def agree(row):
-    """Return whether model and artist prior name the same class, and the label is rare for it."""
-    return (row["margin"] > 0 and row["model_class"] == row["prior_class"]
+    """Return whether model and artist prior name the same other class, and both are sure."""
+    return (row["margin"] > 0 and row["model_class"] == row["prior_class"] and row["usual"] > 0.5
             and row["prior_paintings"] >= 20 and row["prior_share"] < 0.05)
 
 
-# -------------------------------------------------------------------------------------- neighbours
-
-NEAR_COPIES = 100  # pairs in near_copies.csv at least; there is one for each 50 paintings
+NEAR_COPIES = 100  # pairs of each kind in near_copies.csv, or one for each 50 paintings if more
 
 
 def find_neighbours(run, model, results, copies, settings):
@@ -330,9 +326,10 @@ def write_neighbours(run, results, rows, features, copies, settings):
     results["near_copies"] = find_near_copies(rows, features)
     columns = ("path", "class", "part", "copy", "copy_class", "copy_part", "similarity")
     write_extra(folder / "near_copies.csv", train_model.csv_table(columns, results["near_copies"]))
-    print(f"{describe_copies(results['near_copies'])} (near_copies.csv)")
+    if results["near_copies"]:
+        print(f"{describe_copies(results['near_copies'])} (near_copies.csv)")
     places = {row["path"]: place for place, row in enumerate(rows)}
-    for row in itertools.chain(*select_outliers(rows)):
+    for row in itertools.chain(results["agreed"], results["shown"]):
         similarity = features @ features[places[row["path"]]]
         nearest = similarity.topk(min(settings.neighbours + 1, len(rows))).indices.tolist()
         others = [rows[place] for place in nearest if rows[place] is not row]
@@ -341,31 +338,36 @@ def write_neighbours(run, results, rows, features, copies, settings):
 
 
 def find_near_copies(rows, features):
-    """Return the most similar pairs of rows, those of two classes first, then of two parts.
+    """Return the most similar pairs of rows, of two classes first, then of one, two parts first.
 
     features: (N, C), L2-normalised. Of each painting the five most similar later rows count.
     """
-    pairs, most = [], max(NEAR_COPIES, len(rows) // 50)
+    classes = torch.tensor(np.unique([row["class"] for row in rows], return_inverse=True)[1])
+    classes, most = classes.to(features.device), max(NEAR_COPIES, len(rows) // 50)
+    pairs = {False: [], True: []}  # by whether they are of one class
     for start in range(0, len(rows), 512):  # 512 x 81,446 similarities take 170 MB
         similarity = (features[start : start + 512] @ features[start:].T).triu(1)
-        best = similarity.topk(min(5, similarity.shape[1]))
-        for a, (values, others) in enumerate(zip(*(part.tolist() for part in best)), start):
-            pairs += [(value, a, start + b) for value, b in zip(values, others) if start + b > a]
-        pairs = sorted(pairs, reverse=True)[:most]
-    pairs = [(value, rows[a], rows[b]) for value, a, b in pairs]
-    pairs.sort(key=lambda pair: [pair[1][key] == pair[2][key] for key in ("class", "part")])
-    return [{"path": a["path"], "class": a["class"], "part": a["part"], "copy": b["path"],
-             "copy_class": b["class"], "copy_part": b["part"], "similarity": value}
-            for value, a, b in pairs]
+        same = classes[start : start + 512, None] == classes[start:]
+        for kind in pairs:
+            best = similarity.where(same == kind, 0).topk(min(5, similarity.shape[1]))
+            for a, (values, others) in enumerate(zip(*(x.tolist() for x in best)), start):
+                pairs[kind] += [(value, a, start + b) for value, b in zip(values, others) if value]
+            pairs[kind] = sorted(pairs[kind], reverse=True)[:most]
+    found = [{"path": rows[a]["path"], "class": rows[a]["class"], "part": rows[a]["part"],
+              "copy": rows[b]["path"], "copy_class": rows[b]["class"],
+              "copy_part": rows[b]["part"], "similarity": value}
+             for values in pairs.values() for value, a, b in values]
+    return sorted(found, key=lambda pair: [pair["class"] == pair["copy_class"],
+                                           pair["part"] == pair["copy_part"]])
 
 
 def describe_copies(pairs):
-    """Return how similar the most similar pairs are, and how many of which kind, in words."""
-    similar = [pair["similarity"] for pair in pairs] or [0]
+    """Return how similar the most similar pairs are, and how many share what, in words."""
+    similar = [pair["similarity"] for pair in pairs]
     classes = sum(pair["class"] != pair["copy_class"] for pair in pairs)
     leaks = sum({pair["part"], pair["copy_part"]} == {"train", "test"} for pair in pairs)
-    return (f"the {len(pairs):,} most similar pairs (1 is a copy; {min(similar):.2f} to "
-            f"{max(similar):.2f}): {classes:,} in two classes, {leaks:,} in training and test")
+    return (f"the {len(pairs):,} most similar pairs ({min(similar):.2f} to {max(similar):.2f}, "
+            f"identical is 1): {classes:,} span two classes, {leaks:,} training and test")
 
 
 # ----------------------------------------------------------------------------------- your pictures
@@ -436,10 +438,10 @@ def classify_own_pictures(run, model, settings):
     train_model.place_on_device(model)
     bar = train_model.progress_bar("your pictures", len(files))
     write = bar.write if sys.stderr.isatty() else print  # which would draw the bar again
-    with bar, ThreadPool(train_model.cores()) as pool:
+    with bar, ThreadPoolExecutor(train_model.cores()) as pool:
         for start in range(0, len(files), step):
             batch = files[start : start + step]
-            crops = pool.map(read, batch)
+            crops = list(pool.map(read, batch))
             good = [crop for crop in crops if not isinstance(crop, str)]
             named = iter(name_classes(np.stack(good), run, model) if good else [])
             for file, crop in zip(batch, crops):
@@ -460,8 +462,7 @@ def classify_own_pictures(run, model, settings):
         raise InputError(f"{len(files) - len(rows)} of {len(files)} pictures could not be read")
 
 
-# ------------------------------------------------------------------------------------------ tables
-
+# ---------------------------------------------------------------------------------- tables and page
 
 def write_tables(folder, class_names, results):
     """Write what programs read: scores.json, and the tables as CSV."""
@@ -486,8 +487,6 @@ def write_tables(folder, class_names, results):
     for name, (columns, rows) in tables.items():
         write_extra(folder / f"{name}.csv", train_model.csv_table(columns, rows))
 
-
-# -------------------------------------------------------------------------------------------- page
 
 GALLERY, PICTURES = 6, 300  # paintings that the page shows of a class, and of all, at most
 MATRIX = 28  # classes that its confusion matrix shows at most, as many as a printed page holds
@@ -522,7 +521,8 @@ th, td { font-weight: 400; text-align: left; padding: .35rem .35rem .35rem 0 }
 .matrix th { min-width: 7rem } .matrix th + th { min-width: 0; vertical-align: bottom }
 .matrix th span { max-height: 12rem; writing-mode: vertical-rl; transform: rotate(180deg) }
 img { display: block; width: 100%; height: 10rem; object-fit: contain; object-position: 0 100% }
-.nearest { display: flex; gap: .4rem; color: var(--soft); font: .7rem/1.2 system-ui, sans-serif }
+.nearest { display: flex; gap: .4rem; color: var(--soft); font-size: .7rem; line-height: 1.2;
+  hyphens: auto }
 .nearest div { flex: 1 } .nearest img { height: 3.5rem }
 @media print { body { padding: 0; font-size: 10pt; print-color-adjust: exact } nav { display: none }
   .gallery { grid-template-columns: repeat(6, 1fr) } figure, tr { break-inside: avoid }
@@ -643,8 +643,8 @@ def class_table(names, results):
         cells = [f"<td>{results[key][label]:.1%}</td>" if defined[key][label] else "<td>–</td>"
                  for key in defined]
         rows.append((names[label], f"<td>{labelled[label]:,}</td>{''.join(cells)}"))
-    caption = """Precision: how many of those that the model puts into the class belong there.
-Recall: how many of the class it finds. F1: both in one; the highest comes first."""
+    caption = """Precision: the share of paintings predicted as the class that belong to it.
+Recall: the share of the class that is found. F1: both in one; the highest comes first."""
     return table("classes", caption, ("Class", "Paintings", "Precision", "Recall", "F1"), rows)
 
 
@@ -701,14 +701,15 @@ def caption(row):
              f"model: {escaped(row['model_class'])} {row['model_probability']:.0%}")
     if row["prior_class"]:
         artist = escaped(row["prior"].replace("-", " ").title())
-        words += (f"<br>{row['prior_paintings']} others by {artist}: {row['prior_share']:.0%} "
-                  f"labelled so, most of the rest {escaped(row['prior_class'])}")
+        words += (f"<br>{artist}: {row['prior_share']:.0%} of {row['prior_paintings']} others have "
+                  f"this label, {row['usual']:.0%} {escaped(row['prior_class'])}")
     return words
 
 
 def select_outliers(outliers):
     """Return the paintings to show: where model and artist agree, and the first of each class."""
-    doubtful = [row for row in outliers if row["margin"] > 0]
+    doubtful = [row for row in outliers if row["margin"] > 0
+                or row["doubt"] > 0 and row["model_class"] == row["prior_class"]]
     shown, counts = [], Counter()
     for row in doubtful:
         counts[row["class"]] += 1
@@ -718,20 +719,20 @@ def select_outliers(outliers):
 
 def doubted(results, class_names, show):
     """Return the paintings most likely to be mislabelled, those on which both agree first."""
-    outliers = results["outliers"]
-    both, shown = select_outliers(outliers)
-    pairs = results["near_copies"]
-    similar = f" In the whole collection, {describe_copies(pairs)}." if pairs else ""
+    shown, pairs = results["shown"], results["near_copies"]
     groups = {name: [row for row in shown if row["class"] == name] for name in class_names}
     parts = [f"<h3>{escaped(name)}</h3>\n{show(rows, caption)}\n"
              for name, rows in groups.items() if rows]
-    return f"""<p>Of {len(outliers):,} paintings, training included, these are the most likely to be
-mislabelled; all are in outliers.csv. The model counts by its margin, in training by that of its
-early epochs, as far as it can be trusted; the artist by how the other paintings of that artist are
-labelled. They are worth a second look, no more. Expect false alarms: an artist's early and late
-works stand out too. Small below: the most similar paintings and their labels.{similar}</p>
-<h3>Start here: model and artist agree</h3><p>Both name the same other class, and less than 5% of 20
-or more other paintings by the artist have this label.</p>{show(both, caption)}
+    similar = f"""Below each are the most similar paintings with their labels. In the whole
+collection, {describe_copies(pairs)}.""" if pairs else ""
+    return f"""<p>Of {len(results["outliers"]):,} paintings, training included, these are the most
+likely to be mislabelled; all are in outliers.csv. The ranking combines the model's margin (for
+training, that of early epochs), weighted by its validation accuracy, with the labels of the
+artist's other paintings. They are worth a second look, no more. Expect false alarms: an artist's
+early and late works stand out too. {similar}</p>
+<h3>Start here: model and artist agree</h3><p>Both name the same other class, which more than half
+of 20 or more other paintings by the artist have, and less than 5% this
+label.</p>{show(results["agreed"], caption)}
 {"".join(parts)}"""
 
 

@@ -44,8 +44,8 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +66,11 @@ EPOCHS = 20  # passes over the training paintings; 0 checks and prepares the dat
 ATTRIBUTE = "style"  # what to classify: style, artist, genre, or any name with lists in LISTS_DIR
 DATA_DIR = "wikiart"  # the unzipped originals, one folder per style; never written to
 LISTS_DIR = "wikiart_csv"  # ArtGAN's lists, used if the folder exists; "none" goes without
-CORRECTIONS = "corrections.csv"  # rows path,class: other labels for a new run, if it exists
+CORRECTIONS = "corrections.csv"  # CSV, path and class: relabels a new run, if the file exists
 CACHE_DIR = "wikiart_cache"  # resized copies of the paintings, and nothing else
 OUTPUT_DIR = "."  # checkpoints, tables, the page: all that the two scripts write
 GROUP_BY = "painting"  # "artist" keeps all paintings of an artist in one part of the split
-MIN_PAINTINGS = 30  # fewest paintings of an artist that make a class, without lists
+MIN_PAINTINGS = 30  # fewest paintings for an artist to be a class, without lists
 WEIGHTS = "imagenet"  # initial weights of the ResNet: "imagenet" (98 MB download), "none", a file
 BATCH_SIZE = 64  # paintings per step, over all processes
 IMAGE_SIZE = 224  # height and width of the model's input in pixels, 64 to 512
@@ -182,9 +182,8 @@ def train(run, model, split, copies, settings):
     optimizer = make_optimizer(model, settings.learning_rate,
                                settings.backbone_rate if pretrained else 1, settings.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=model.precision is torch.float16)
-    loader, validation_loader = (
-        make_loader(split[part], copies, settings, device, seed)
-        for part, seed in (("train", settings.seed), ("validation", None)))
+    loader = make_loader(split["train"], copies, settings, device, settings.seed)
+    validation_loader = make_loader(split["validation"], copies, settings, device)
     iter(validation_loader)  # starts its workers while there is little memory to share with them
     if history:
         print(f"resuming after epoch {len(history)}")
@@ -224,7 +223,7 @@ def train(run, model, split, copies, settings):
 
 
 def train_epoch(model, loader, optimizer, schedule, scaler, title):
-    """Train on each batch once; return the mean loss and `label_margins` (N, 4) of each."""
+    """Train on each batch once; return the mean loss and `label_margins` (N, 3) of each."""
     device = next(model.parameters()).device
     loss_sum, seen, margins = torch.zeros((), device=device), 0, []
     with progress_bar(title, len(loader.dataset)) as bar:
@@ -273,20 +272,16 @@ def evaluate(model, loader, title):
 
 
 def label_margins(logits, labels):
-    """Return (N, 4): best other logit minus the label's, both probabilities, the other label."""
-    labels = labels[:, None]
-    others = logits.scatter(1, labels, -torch.inf).argmax(1, keepdim=True)
-    margins = logits.gather(1, others) - logits.gather(1, labels)
-    probabilities = logits.softmax(1)
-    return torch.cat([margins, probabilities.gather(1, labels), probabilities.gather(1, others),
-                      others], 1)
+    """Return (N, 3): log probabilities of the label and of the best other class, and that class."""
+    labels, logs = labels[:, None], logits.log_softmax(1)
+    others = logs.scatter(1, labels, -torch.inf).argmax(1, keepdim=True)
+    return torch.cat([logs.gather(1, labels), logs.gather(1, others), others], 1)
 
 
 def update_margins(means, paths, margins, restart):
-    """Update the means {path: [margin, 2 probabilities, other label, epochs]} with an epoch's."""
+    """Update {path: [mean log probabilities of label and other, other label, epochs]}."""
     for path, (*values, other) in zip(paths, margins.tolist()):
-        old = None if restart else means.get(path)
-        *former, _, epochs = old or (0.0, 0.0, 0.0, 0, 0)
+        *former, _, epochs = (None if restart else means.get(path)) or (0.0, 0.0, 0, 0)
         new = [mean + (value - mean) / (epochs + 1) for mean, value in zip(former, values)]
         means[path] = [*new, int(other), epochs + 1]
 
@@ -476,8 +471,6 @@ def to_images(pixels, device):
 
 # -------------------------------------------------------------------------------- setting up a run
 
-MAY_CHANGE = ("EPOCHS", "BATCH_SIZE", "LEARNING_RATE")  # settings, when a run is resumed
-
 
 def set_up_run(settings):
     """Find, label and split the paintings and load weights; return run, model, paintings found."""
@@ -491,11 +484,14 @@ def set_up_run(settings):
             label_by_folder_or_artist(found, settings.attribute, settings.min_paintings))
         split, source = split_paintings(labels, test_list, settings.group_by, settings.seed)
         split = match_paths(split, found)
+        corrected = correct_labels(split, class_names, settings.corrections)
         run = {"format": FORMAT, "class_names": class_names, "settings": chosen, "split": split,
                "split_source": source, "planned_epochs": settings.epochs, "history": [],
-               "margins": {}, "corrected": correct_labels(split, class_names, settings.corrections)}
-    run |= {"torch": str(torch.__version__), "split": match_paths(run["split"], found)}
-    run |= match_paths({"margins": run["margins"]}, found)
+               "margins": {}, "corrected": corrected}
+    elif os.path.exists(settings.corrections):
+        print(f"note: a resumed run keeps its labels, and does not read {settings.corrections}")
+    run["torch"] = str(torch.__version__)
+    locate_paintings(run, found)
     listed = {path for labels in run["split"].values() for path in labels}
     print_examples("paintings in this run missing from disk", sorted(listed.difference(found)))
     print_examples("paintings on disk not used in this run", sorted(set(found) - listed))
@@ -524,7 +520,8 @@ def find_run(output_dir, chosen):
         chosen["WEIGHTS"] = former["WEIGHTS"]  # which were loaded at its start
         changes = {name: f"{name} was {former[name]}, is {value}" for name, value in chosen.items()
                    if value != former[name]}
-        if wrong := [change for name, change in changes.items() if name not in MAY_CHANGE]:
+        may_change = ("EPOCHS", "BATCH_SIZE", "LEARNING_RATE")
+        if wrong := [change for name, change in changes.items() if name not in may_change]:
             raise InputError(f"{last} has other settings: {'; '.join(wrong)}: undo that, {away}")
         print_examples("settings that change from here on", list(changes.values()))
     return run
@@ -547,9 +544,7 @@ def prepare_paintings(run, found, settings):
         used = set(split[part].values())
         missing = [name for label, name in enumerate(class_names) if label not in used]
         print_examples(f"classes with no {part.replace('train', 'training')} painting", missing)
-    if run["history"]:
-        write_history(run, output_dir)
-    else:
+    if not run["history"]:
         dataset = PaintingDataset(split["train"], copies, settings.image_size, settings.seed)
         write_extra(output_dir / "crops.jpg", draw_crops(dataset, class_names))
     return split, copies
@@ -583,7 +578,7 @@ def print_end(history, settings):
     print(f"next: {printable(shlex.join(command))}")
 
 
-# ------------------------------------------------------------------------------------------ labels
+# -------------------------------------------------------------------------------- labels and split
 
 ARTGAN = "https://github.com/cs-chan/ArtGAN, folder 'WikiArt Dataset'"
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -699,20 +694,31 @@ def label_by_folder_or_artist(found, attribute, min_paintings):
 
 
 def correct_labels(split, class_names, table):
-    """Label {part: {path: label}} as a table says, if it is there; return the paths of changes."""
-    if table == "corrections.csv" and not os.path.exists(table):
-        return []
+    """Relabel {part: {path: label}} by a CSV table; return the former {path: label} of changes."""
+    if table == "none" or table == "corrections.csv" and not os.path.exists(table):
+        return {}
     with open(table, encoding="utf-8-sig", errors="replace", newline="") as file:
-        names = {row.get("path"): row.get("class") for row in csv.DictReader(file)}
-    if unknown := set(names.values()).difference(class_names):
-        raise InputError(f"{table} must have columns path and class; no class is {unknown.pop()!r}")
-    changed = [path for labels in split.values() for path, label in labels.items()
-               if names.get(path, class_names[label]) != class_names[label]]
-    for labels in split.values():
-        labels |= {path: class_names.index(names[path]) for path in labels.keys() & names.keys()}
-    lost = len(names.keys() - set().union(*split.values()))
-    print(f"{len(changed):,} labels changed by {printable(table)}; {lost:,} of its paths not found")
-    return changed
+        rows = [(row.get("path"), row.get("class")) for row in csv.DictReader(file)]
+    names = {path.strip(): (name or "").strip() for path, name in rows if path and path.strip()}
+    unknown = sorted(set(names.values()).difference(class_names))
+    if unknown or not names:
+        raise InputError(f"{table} must have columns path and class, separated by commas, and no "
+                         f"class is {unknown[:3]}: correct it, or give --corrections none")
+    labels = {path: label for part in split.values() for path, label in part.items()}
+    names = match_paths({"": names}, labels)[""]
+    former = {path: label for path, label in labels.items()
+              if names.get(path, class_names[label]) != class_names[label]}
+    for part in split.values():
+        part |= {path: class_names.index(names[path]) for path in part.keys() & former.keys()}
+    print(f"{len(former):,} labels changed by {printable(table)}; "
+          f"{len(names.keys() - labels.keys()):,} of its paths not found")
+    return former
+
+
+def locate_paintings(run, found):
+    """Spell the paths of a run as those that are found on this disk."""
+    tables = match_paths(run["split"] | {key: run[key] for key in ("margins", "corrected")}, found)
+    run |= {key: tables.pop(key) for key in ("margins", "corrected")} | {"split": tables}
 
 
 def match_paths(tables, found):
@@ -741,9 +747,6 @@ def repaired(path):
         return bytes([ord(match[1]) - 32, ord(match[2])]).decode("utf-8")
 
     return re.sub("([\xe2-\xe5])([\x80-\xbf])", letter, file_name(path)).replace("'", "")
-
-
-# ------------------------------------------------------------------------------------------- split
 
 
 def split_paintings(labels, test_list, group_by, seed):
@@ -847,17 +850,13 @@ def resize_paintings(paths, data_dir, cache_dir, image_size):
 
     if missing and len(missing) == len(copies) <= len(there):
         print("note: the copies there are of other paths, sizes or times (is DATA_DIR a copy?)")
-    # Threads suffice, since Pillow releases the interpreter.
-    with ThreadPool(cores()) as pool, progress_bar("resizing", len(missing)) as bar:
-        try:
-            for path, reason in zip(missing, pool.imap(make_copy, missing)):
-                if reason:
-                    bad[path] = reason
-                    del copies[path]
-                bar.update()
-        finally:  # after an error or Ctrl-C too, finish the copies that are being written
-            pool.terminate()
-            pool.join()
+    # Threads suffice, since Pillow releases the interpreter. An error or Ctrl-C waits for them.
+    with ThreadPoolExecutor(cores()) as pool, progress_bar("resizing", len(missing)) as bar:
+        for path, reason in zip(missing, pool.map(make_copy, missing)):
+            if reason:
+                bad[path] = reason
+                del copies[path]
+            bar.update()
     made = len(copies.keys() & set(missing))
     print(f"resized copies: {made:,} made, {len(copies) - made:,} were there")
     return copies, bad
@@ -968,7 +967,7 @@ def write_extra(path, content):
     try:
         write_atomically(path, content)
     except OSError as error:
-        print(f"warning: {printable(error)}; going on without it", file=sys.stderr)
+        print(f"warning: {printable(error)}; continuing without it", file=sys.stderr)
 
 
 def csv_table(columns, rows):
@@ -1004,11 +1003,6 @@ def save_epoch(run, model, optimizer, scaler, output_dir):
         "optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict()})
     if best_epoch(run["history"]) == len(run["history"]):
         save_checkpoint(output_dir / "model_best.pth", best)
-    write_history(run, output_dir)
-
-
-def write_history(run, output_dir):
-    """Write history.csv and, where it names other classes, class_names.txt."""
     write_extra(output_dir / "history.csv", csv_table(run["history"][0], run["history"]))
     names = "".join(f"{printable(name)}\n" for name in run["class_names"])
     file = output_dir / "class_names.txt"
@@ -1157,7 +1151,7 @@ def make_parser(description, settings, *scripts):
     parser = argparse.ArgumentParser(description=title, epilog=examples, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in settings.items():
-        kind = {int: "INT", float: "FLOAT"}.get(type(value), "PATH" if "_DIR" in name else "NAME")
+        kind = {int: "INT", float: "FLOAT"}.get(type(value), "PATH" if "_DIR" in name else "TEXT")
         parser.add_argument("--" + name.lower().replace("_", "-"), metavar=kind, type=type(value),
                             default=value, help=f"{notes[name]} [{value}]".replace("%", "%%"))
     return parser
@@ -1188,7 +1182,7 @@ def explain(error, batch_size):
     """Return what a user can do about an error, in one line, or None if it is a bug."""
     reason = re.sub(r"(?s)^Caught .*\n(\w+: )?", "", str(error).strip())  # a worker's traceback
     reason = "out of memory" if isinstance(error, MemoryError) else reason
-    if isinstance(error, (InputError, OSError)):
+    if isinstance(error, (InputError, OSError, csv.Error)):
         return reason
     if re.search("Connection (closed|reset)|Broken pipe|ncclRemoteError", reason):
         return "another process stopped; its own message says why"
@@ -1209,7 +1203,7 @@ def explain(error, batch_size):
 
 
 def run_script(function, settings, stopped):
-    """Call a function with the first process's settings; return the exit code; tell of a stop."""
+    """Call a function with the first process's settings; print how it ended; return exit code."""
     def stop(number, _):
         raise KeyboardInterrupt(number)
 

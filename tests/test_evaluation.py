@@ -21,6 +21,7 @@ import sklearn.metrics as sk
 import torch
 from bs4 import BeautifulSoup
 from PIL import Image
+from scipy.stats import rankdata
 
 import test_model
 import train_model as tm
@@ -210,10 +211,10 @@ def test_every_painting_of_the_run_is_an_outlier_once(finished, tested):
     for row in rows:
         assert row["model_class"] in set(run["class_names"]) - {row["class"]}
         if row["part"] != "test":
-            margin, *probabilities, other, _ = run["margins"][row["path"]]
-            assert float(row["margin"]) == pytest.approx(margin, rel=1e-5)
-            assert [float(row["class_probability"]), float(row["model_probability"])
-                    ] == pytest.approx(probabilities, rel=1e-5)
+            label, likeliest, other, _ = run["margins"][row["path"]]  # log probabilities
+            for name, value in (("margin", likeliest - label), ("class_probability", np.exp(label)),
+                                ("model_probability", np.exp(likeliest))):
+                assert float(row[name]) == pytest.approx(value, rel=1e-4)
             assert row["model_class"] == run["class_names"][other]
     by_path = {row["path"]: row for row in rows}
     for row in tested.predictions:
@@ -238,7 +239,8 @@ def test_the_artist_prior_was_counted():
 
     def known(path, label, prior=of_artist):
         row = prior(path, label)
-        return [row[name] for name in ("prior", "prior_paintings", "prior_share", "prior_class")]
+        return [row.get(name, "") for name in (
+            "prior", "prior_paintings", "prior_share", "prior_class")]
 
     assert known("C/x_7.jpg", 2) == ["x", 6, 0, "a"]
     assert of_artist("C/x_7.jpg", 2)["score"] == pytest.approx(np.log((4 + one[0]) / one[2]))
@@ -269,7 +271,7 @@ def test_doubt_is_as_defined(accuracy, trust):
     labels["train"] |= {f"S/nameless-{n}.jpg": n % 3 for n in range(4)}
     labels["validation"] = dict(zip(labels["validation"], [0] * 20 + [1, 2] * 15))
     unused = list(labels["train"])[7]
-    margins = {path: [3 * chance.normal() - 1, 0.5, 0.2, (label + 1) % 3, 3]
+    margins = {path: [3 * chance.normal() - 4, -3.0, (label + 1) % 3, 3]
                for part in labels.values() for path, label in part.items() if path != unused}
     history = [{"validation_accuracy": share} for share in (0.05, accuracy, 0.08)]
     run = {"class_names": names, "split": labels, "settings": {"ATTRIBUTE": "style"},
@@ -280,34 +282,38 @@ def test_doubt_is_as_defined(accuracy, trust):
         for path in part.keys() - {unused}:
             score = prior(path, part[path])["score"]
             assert (score == 0) == ("nameless" in path)
-            doubts[path] = trust * margins[path][0] + max(score, -1)
+            doubts[path] = trust * (-3 - margins[path][0]) + max(score, -1)
     assert len(doubts) == 153
     assert [row["doubt"] for row in rows] == pytest.approx(sorted(doubts.values(), reverse=True))
     assert {row["path"]: row["doubt"] for row in rows} == pytest.approx(doubts)
 
 
-def test_near_copies_are_the_most_similar_pairs(monkeypatch):
-    """More than two blocks of 512 rows, against all pairs at once."""
-    monkeypatch.setattr(test_model, "NEAR_COPIES", 200)
+def test_near_copies_are_the_most_similar_pairs():
+    """More than two blocks of 512 rows, against all pairs at once; five copies of one class."""
     random = torch.Generator().manual_seed(3)
-    features = torch.nn.functional.normalize(torch.randn(1200, 16, generator=random))
-    features[1100] = features[3]  # twins that are far apart
-    rows = [{"path": f"{n}.jpg", "class": "abc"[n % 3], "part": tm.PARTS[n // 7 % 3]}
-            for n in range(len(features))]
-    similarity = (features @ features.T).numpy()[np.triu_indices(1200, 1)]
-    likeliest = np.argsort(-similarity)[:200]
-    pairs = [[index[place] for index in np.triu_indices(1200, 1)] for place in likeliest]
+    features = torch.nn.functional.normalize(torch.randn(1200, 16, generator=random).abs())
+    features[1100] = features[3]  # of two classes, far apart
+    features[600:606] = features[600]
+    classes = np.array([place % 3 if not 600 <= place < 606 else 0 for place in range(1200)])
+    rows = [{"path": f"{n}.jpg", "class": "abc"[label], "part": tm.PARTS[n // 7 % 3]}
+            for n, label in enumerate(classes)]
     found = test_model.find_near_copies(rows, features)
-    assert {(pair["path"], pair["copy"]) for pair in found} == {
-        (f"{a}.jpg", f"{b}.jpg") for a, b in pairs}
-    assert sorted((pair["similarity"] for pair in found), reverse=True) == pytest.approx(
-        similarity[likeliest].tolist(), abs=1e-6)
-    kinds = [(pair["class"] == pair["copy_class"], pair["part"] == pair["copy_part"],
+    left, right = np.triu_indices(1200, 1)
+    similarity = (features @ features.T).numpy()[left, right]
+    for same in (False, True):
+        kind = [pair for pair in found if (pair["class"] == pair["copy_class"]) == same]
+        expected = np.sort(similarity[(classes[left] == classes[right]) == same])[::-1][:100]
+        assert sorted((pair["similarity"] for pair in kind), reverse=True) == pytest.approx(
+            expected.tolist(), abs=1e-6)
+        for pair in kind:
+            places = [int(pair[key].partition(".")[0]) for key in ("path", "copy")]
+            assert pair["similarity"] == pytest.approx(
+                float(features[places[0]] @ features[places[1]]), abs=1e-6)
+            assert [pair["class"], pair["copy_class"]] == ["abc"[classes[n]] for n in places]
+    order = [(pair["class"] == pair["copy_class"], pair["part"] == pair["copy_part"],
               -pair["similarity"]) for pair in found]
-    assert kinds == sorted(kinds) and len({kind[:2] for kind in kinds}) == 4
-    twins = [pair for pair in found if pair["path"] == "3.jpg" and pair["copy"] == "1100.jpg"]
-    assert twins[0]["class"] == "a" and twins[0]["copy_class"] == "c"
-    assert twins[0]["similarity"] == pytest.approx(1, abs=1e-6)
+    assert order == sorted(order) and len({kinds[:2] for kinds in order}) == 4
+    assert {"3.jpg", "1100.jpg"} in [{pair["path"], pair["copy"]} for pair in found]
 
 
 def test_features_and_neighbours(finished, tested, tmp_path):
@@ -356,15 +362,19 @@ def test_corrected_labels_are_trained_and_tested_on(finished, tested, tmp_path, 
     for row in rows[:10]:
         row["class"] = styles[(styles.index(row["class"]) + 1) % len(styles)]
     changed = {row["path"]: row["class"] for row in rows[:10]}
-    write_corrections(tmp_path / "corrected.csv", [*rows, rows[0] | {"path": "Nowhere/x.jpg"}])
+    write_corrections(tmp_path / "corrected.csv", [
+        *rows, rows[0] | {"path": "Nowhere/x.jpg"}, dict.fromkeys(rows[0], "")])
     flags = [*finished.flags, "--output-dir", str(out),
              "--corrections", str(tmp_path / "corrected.csv")]
     assert tm.main([*flags, "--epochs", "1"]) == 0
     assert re.search(r"(?m)^10 labels .* 1 of its paths", capsys.readouterr().out)
     write_corrections(tmp_path / "corrected.csv", rows[10:])
     assert tm.main([*flags, "--epochs", "2"]) == 0
+    assert "keeps its labels" in capsys.readouterr().out
     run, former = (tm.load_checkpoint(folder / "model_last.pth") for folder in (out, finished.out))
-    assert former["corrected"] == [] and set(run["corrected"]) == set(changed)
+    assert former["corrected"] == {} and {
+        path: styles[label] for path, label in run["corrected"].items()} == {
+        path: finished.painted[path] for path in changed}
     for part in tm.PARTS:
         assert list(run["split"][part]) == list(former["split"][part])
         assert {path: styles[label] for path, label in run["split"][part].items()} == {
@@ -375,13 +385,14 @@ def test_corrected_labels_are_trained_and_tested_on(finished, tested, tmp_path, 
     assert re.search(rf"10 labels .* {count} of them are test", " ".join(page_of(out).text.split()))
 
 
-@pytest.mark.parametrize("row", [{"path": "a", "class": "Cubisme"}, {"file": "a", "kind": "b"}])
+@pytest.mark.parametrize("row", [{"path": "a", "class": "Cubisme"}, {"file": "a", "kind": "b"},
+                                 {"path;class": "a;Cubism"}, {"path": " ", "class": ""}])
 def test_corrections_of_no_class_are_an_error(finished, tmp_path, capsys, row):
     write_corrections(tmp_path / "wrong.csv", [row])
     flags = [*finished.flags, "--output-dir", str(tmp_path / "out")]
     assert tm.main([*flags, "--corrections", str(tmp_path / "wrong.csv")]) == 1
     error = capsys.readouterr().err
-    assert re.fullmatch("error: .*wrong.csv.*\n", error) and repr(row.get("class")) in error
+    assert re.fullmatch("error: .*wrong.csv.*\n", error) and row.get("class", "path") in error
     assert tm.main([*flags, "--corrections", str(tmp_path / "nowhere.csv")]) == 1
     assert re.fullmatch("error: .*nowhere.csv.*\n", capsys.readouterr().err)
 
@@ -529,7 +540,7 @@ def test_a_page_of_27_classes_with_hostile_names(tmp_path):
            "seconds": 60.0}
     run = {"class_names": names, "split_source": "<s>", "device": "<u>", "torch": "<u>",
            "split": {"train": {"<b>_1.jpg": 0}, "validation": {"<b>_2.jpg": 0}, "test": test},
-           "margins": {"<b>_1.jpg": [1.0, 0.5, 0.2, 1, 1]}, "history": [row] * 3, "corrected": [],
+           "margins": {"<b>_1.jpg": [-2.0, -1.0, 1, 1]}, "history": [row] * 3, "corrected": {},
            "settings": {"EPOCHS": 3, "WEIGHTS": "<b>", "ATTRIBUTE": "<i>"}}
     settings = SimpleNamespace(output_dir=tmp_path, data_dir=tmp_path,
                                cache_dir=tmp_path / "cache", image_size=64)
@@ -575,13 +586,13 @@ def counted(tmp_path, capsys):
     train = {f"Cubism/a_{n}.jpg": 0 for n in range(50, 55)}
     train |= {f"Naive_Art/b_{n}.jpg": 1 for n in range(20, 36)} | {"Cubism/b_12.jpg": 0}
     validation = {f"Naive_Art/b_{n}.jpg": 1 for n in range(36, 40)}
-    margins = {path: [-2.0 - label, 0.8, 0.1, 1 - label, 1]
+    margins = {path: [-0.2, -2.2 - label, 1 - label, 1]
                for path, label in (train | validation).items()} | {
-               "Cubism/b_12.jpg": [0.5, 0.3, 0.4, 1, 1]}
+               "Cubism/b_12.jpg": [-1.2, -0.7, 1, 1]}
     settings = {name: getattr(tm, name) for name in tm.SETTINGS if "_DIR" not in name}
     run = {
         "class_names": names, "history": history, "split_source": "drawn by painting",
-        "corrected": [],
+        "corrected": {},
         "settings": settings | {"ATTRIBUTE": "a style", "EPOCHS": 3}, "margins": margins,
         "split": {"train": train, "validation": validation,
                   "test": test | {"Cubism/missing_1.jpg": 0}},
@@ -704,7 +715,7 @@ def test_later_epochs_count_if_they_are_of_this_run(finished, tested, tmp_path, 
     doubted = min(best["split"]["train"])
     row = best["history"][-1] | {"epoch": len(best["history"]) + 1, "validation_accuracy": 0.0}
     last = best | {"history": [*best["history"], row],
-                   "margins": best["margins"] | {doubted: [99.0, 0.0, 1.0, 1, 3]}}
+                   "margins": best["margins"] | {doubted: [-99.0, 0.0, 1, 3]}}
     if kind == "of another run":
         last["history"][0] = last["history"][0] | {"training_loss": 0.5}
     torch.save(last, tmp_path / "model_last.pth")
@@ -749,7 +760,8 @@ def test_outliers_have_their_pictures_on_a_fresh_disk(finished, tmp_path):
     tested = examine(finished, tmp_path / "out", *more)
     figures, images = map(page_of(tested.out).select, (".gallery figure", "figure > a > img"))
     assert len(figures) == len(images)
-    doubtful = [row for row in tested.outliers if float(row["margin"]) > 0]
+    doubtful = [row for row in tested.outliers if float(row["margin"]) > 0 or
+                float(row["doubt"]) > 0 and row["model_class"] == row["prior_class"]]
     first = [row for name in set(finished.painted.values()) for row in
              [row for row in doubtful if row["class"] == name][:test_model.GALLERY]]
     assert "train" in {row["part"] for row in first}
@@ -787,19 +799,19 @@ def test_another_machine_needs_the_checkpoint_and_the_paintings(finished, tested
     assert len(other.outliers) == 38
 
 
-@pytest.mark.parametrize("respelt", ["neither", "split", "margins"])
-def test_margins_follow_their_paintings(finished, tested, tmp_path, respelt):
-    """To a disk with another spelling; where a run was resumed there, split or margins know it."""
+@pytest.mark.parametrize("resumed", [False, True])
+def test_margins_follow_their_paintings(finished, tested, tmp_path, resumed):
+    """To a disk with another spelling; where a run was resumed there, the last epoch knows it."""
     shutil.copytree(finished.folder / "wikiart", tmp_path / "wikiart")
     best = tm.load_checkpoint(finished.out / "model_best.pth")
     path = min(best["split"]["train"])
     spelling = path.replace("_study", "_\u0301study")
     (tmp_path / "wikiart" / path).rename(tmp_path / "wikiart" / spelling)
-    holder = {"split": best["split"]["train"], "margins": best["margins"]}.get(respelt, {path: 0})
-    holder[spelling] = holder.pop(path)
-    torch.save(best, tmp_path / "model_best.pth")
-    other = examine(SimpleNamespace(folder=finished.folder, out=tmp_path), tmp_path / "out",
-                    "--data-dir", str(tmp_path / "wikiart"))
+    if resumed:
+        for holder in (best["split"]["train"], best["margins"]):
+            holder[spelling] = holder.pop(path)
+        torch.save(best, tmp_path / "model_last.pth")
+    other = examine(finished, tmp_path, "--data-dir", str(tmp_path / "wikiart"))
     margins = {row["path"]: row["margin"] for row in other.outliers}
     before = {row["path"]: row["margin"] for row in tested.outliers}
     assert margins == {spelling if name == path else name: value

@@ -277,8 +277,8 @@ def test_two_processes_train_as_one(finished, tmp_path):
     for row, other in zip(one["history"], two["history"], strict=True):
         for name in ("training_loss", "validation_loss"):
             assert row[name] == pytest.approx(other[name], rel=0.02)
-    for path, (margin, *_) in one["margins"].items():
-        assert two["margins"][path][0] == pytest.approx(margin, abs=0.1), path
+    for path, (label, likeliest, *_) in one["margins"].items():
+        assert two["margins"][path][:2] == pytest.approx([label, likeliest], abs=0.1), path
 
 
 PLANTED = {  # what goes wrong in one of two processes

@@ -529,14 +529,13 @@ def test_margins_are_those_of_the_early_epochs(finished, tmp_path, monkeypatch, 
     for place, path in enumerate(run["split"]["train"]):
         rows = [margins[epoch - 1][place] for epoch in counted]
         means = [sum(column) / len(counted) for column in zip(*rows)]
-        expected[path] = [*means[:3], int(rows[-1][3]), len(counted)]
+        expected[path] = [*means[:2], int(rows[-1][2]), len(counted)]
     best = logits[tm.best_epoch(run["history"]) - 1]
     for (path, label), row in zip(run["split"]["validation"].items(), best):
         others = row.clone()
         others[label] = -torch.inf
-        shares, other = row.softmax(0), others.argmax().item()
-        expected[path] = [(others.max() - row[label]).item(), shares[label].item(),
-                          shares[other].item(), other, 1]
+        shares, other = row.log_softmax(0), others.argmax().item()
+        expected[path] = [shares[label].item(), shares[other].item(), other, 1]
     assert run["margins"].keys() == expected.keys() and len(expected) == 35
     for path, values in expected.items():
         assert run["margins"][path] == pytest.approx(values, abs=1e-5), path
