@@ -243,11 +243,10 @@ def predict(labels, logits, class_names):
 
 
 def make_prior(split, attribute, class_names):
-    """Return a function of (path, label): what else is known of the artist, as a dictionary.
+    """Return a function of (path, label): how the artist's other paintings are labelled.
 
-    The artist prior is how his or her other paintings are labelled: of the artist in the file name,
-    or, where artists are the classes, of the folder. score: log share of the likeliest other class
-    minus that of the label, each smoothed by one painting of the whole's shares; 0 if unknown.
+    Where artists are the classes, it is those of the folder. score: log share of the likeliest
+    other class minus that of the label, smoothed by one painting of the whole; 0 if unknown.
     """
     name_of = style if attribute == "artist" else train_model.artist
     one = np.eye(len(class_names), dtype=int)  # a painting of each class
@@ -463,6 +462,7 @@ def classify_own_pictures(run, model, settings):
 
 
 # ---------------------------------------------------------------------------------- tables and page
+
 
 def write_tables(folder, class_names, results):
     """Write what programs read: scores.json, and the tables as CSV."""

@@ -356,11 +356,7 @@ LOADER_TIMEOUT = 900  # seconds without a batch after which loading has failed
 
 
 class PaintingDataset(Dataset):
-    """Resized copies as pixels: `dataset[index, epoch]` is (pixels (S, S, 3) uint8, label).
-
-    With a seed, a random crop and flip that depend on (seed, epoch, painting) alone; without, the
-    `center_crop` at `place`.
-    """
+    """Resized copies as pixels: `dataset[index, epoch]` is (pixels (S, S, 3) uint8, label)."""
 
     def __init__(self, labels, copies, image_size, seed=None, place=0.5):
         self.image_size, self.seed, self.place = image_size, seed, place
@@ -382,7 +378,7 @@ class PaintingDataset(Dataset):
                 image.load()
         except OSError as error:
             raise OSError(f"cannot read {file} ({error}): delete it, then start again") from error
-        if self.seed is None:
+        if self.seed is None:  # else a crop and flip that depend on seed, epoch and painting alone
             image = center_crop(image, self.image_size, self.place)
         pixels = torch.from_numpy(np.array(image))
         if self.seed is not None:  # on a tensor, since Pillow crops more slowly
@@ -400,15 +396,12 @@ def center_crop(image, image_size, place=0.5):
 
 
 class EpochBatchSampler:
-    """Batches of keys (index, epoch), in random order with a seed; none before `epoch` is set.
-
-    Each process has its share of every batch; `sizes` are those of whole batches.
-    """
+    """Batches of keys (index, epoch), each process its share; none before `epoch` is set."""
 
     def __init__(self, paintings, batch_size, seed=None):
         self.order, self.seed, self.epoch = np.arange(paintings), seed, None
         steps = math.ceil(paintings / batch_size)
-        self.sizes = [len(batch) for batch in np.array_split(self.order, steps)]
+        self.sizes = [len(batch) for batch in np.array_split(self.order, steps)]  # of all shares
         if self.sizes[-1] < WORLD_SIZE:
             raise InputError(f"{WORLD_SIZE} processes cannot share a batch of {self.sizes[-1]}")
 
@@ -722,11 +715,9 @@ def locate_paintings(run, found):
 
 
 def match_paths(tables, found):
-    """Return {name: {path: value}} with the paths as spelt on disk, if they are there.
-
-    709 of ArtGAN's names are garbled: a disk may hold them so, repaired, or with _ for odd letters.
-    A path that is not there and a file of no list match if only they are alike in their folder.
-    """
+    """Return {name: {path: value}} with the paths as spelt on disk, if they are there."""
+    # 709 of ArtGAN's names are garbled; a disk has them so, repaired, or with _ for odd letters.
+    # A path that is not there and a file of no list match if only they are alike in their folder.
     listed = {path for values in tables.values() for path in values}
     alike, places = defaultdict(set), {}
     for path in listed.symmetric_difference(found):
@@ -750,13 +741,9 @@ def repaired(path):
 
 
 def split_paintings(labels, test_list, group_by, seed):
-    """Return {part: {path: label}}, and a phrase that says where it came from.
-
-    With test_list, the paths to test on, validation is a tenth of the others. Without, or by
-    artist, the parts are 70, 15 and 15 %. Files of one name in two folders stay together.
-    """
+    """Return {part: {path: label}}, with test_list as it is, and where the split came from."""
     shares, source, tested = {"train": 0.9, "validation": 0.1}, "from the lists", test_list
-    name_of = artist if group_by == "artist" else file_name
+    name_of = artist if group_by == "artist" else file_name  # those of one name stay together
     if test_list is None or group_by == "artist":  # in ArtGAN's lists, most artists are in both
         source = f"drawn by {group_by}{'' if test_list else ', without lists'}"
         shares, tested = {"train": 0.7, "test": 0.15, "validation": 0.15}, ()
@@ -769,10 +756,7 @@ def split_paintings(labels, test_list, group_by, seed):
 
 
 def draw_split(labels, group_of, shares, seed):
-    """Divide {path: label} into {part: {path: label}} by class, each group whole in one part.
-
-    The same seed gives the same split on every machine. Small classes fill the first parts first.
-    """
+    """Divide {path: label} into {part: {path: label}} by class, each group whole in one part."""
     groups, sizes = defaultdict(list), Counter(labels.values())
     for path in sorted(labels):
         groups[group_of(path)].append(path)
@@ -819,11 +803,7 @@ def copy_side(image_size):
 
 
 def resize_paintings(paths, data_dir, cache_dir, image_size):
-    """Make the resized copies that are missing; return {path: copy} and {path: reason} of the bad.
-
-    A copy's name is a hash of the path, size and time of its original, so a changed original has
-    another. Raises OSError where not a picture is at fault.
-    """
+    """Make the missing resized copies; return {path: copy}, and {path: reason} of bad pictures."""
     short_side = copy_side(image_size)
     folder, copies, bad = cache_dir / str(short_side), {}, {}
     for path in paths:
@@ -832,6 +812,7 @@ def resize_paintings(paths, data_dir, cache_dir, image_size):
         except OSError as error:
             bad[path] = reason_of(error, data_dir / path)
             continue
+        # The copy's name is a hash of these, so a changed original has another copy.
         original = os.fsencode(f"{path}\n{status.st_size}\n{status.st_mtime_ns}")
         name = hashlib.blake2b(original, digest_size=16).hexdigest()
         copies[path] = os.path.join(folder, name[:2], f"{name}.jpg")
