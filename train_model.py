@@ -537,7 +537,9 @@ def prepare_paintings(run, found, settings):
         used = set(split[part].values())
         missing = [name for label, name in enumerate(class_names) if label not in used]
         print_examples(f"classes with no {part.replace('train', 'training')} painting", missing)
-    if not run["history"]:
+    if run["history"]:
+        write_history(run, output_dir)  # which a stop or a spreadsheet may have prevented
+    else:
         dataset = PaintingDataset(split["train"], copies, settings.image_size, settings.seed)
         write_extra(output_dir / "crops.jpg", draw_crops(dataset, class_names))
     return split, copies
@@ -984,6 +986,11 @@ def save_epoch(run, model, optimizer, scaler, output_dir):
         "optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict()})
     if best_epoch(run["history"]) == len(run["history"]):
         save_checkpoint(output_dir / "model_best.pth", best)
+    write_history(run, output_dir)
+
+
+def write_history(run, output_dir):
+    """Write history.csv and, where it names other classes, class_names.txt."""
     write_extra(output_dir / "history.csv", csv_table(run["history"][0], run["history"]))
     names = "".join(f"{printable(name)}\n" for name in run["class_names"])
     file = output_dir / "class_names.txt"

@@ -146,7 +146,7 @@ def test_settings_of_a_run_must_stay(copied, capsys):
     out, flags = copied
     others = {"ATTRIBUTE": "artist", "GROUP_BY": "artist", "MIN_PAINTINGS": 2, "IMAGE_SIZE": 65,
               "BACKBONE_RATE": 1.0, "FROZEN_EPOCHS": 2, "WARMUP_EPOCHS": 1.0, "WEIGHT_DECAY": 0.0,
-              "DROPOUT": 0.0, "SEED": 1}
+              "DROPOUT": 0.0, "SEED": 1, "CORRECTIONS": "none"}
     free = {"EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "WEIGHTS", "WORKERS",
             *(name for name in tm.SETTINGS if name.endswith("_DIR"))}
     assert others.keys() == set(tm.SETTINGS) - free

@@ -478,9 +478,9 @@ def test_an_epoch_trains_as_a_plain_loop_does():
         for index, row in zip(part, logits.detach()):
             label, others = labels[index].item(), row.clone()
             others[label] = -100
+            shares, other = row.log_softmax(0).tolist(), others.argmax().item()
             assert margins[index].tolist() == pytest.approx(
-                [others.max().item() - row[label].item(), row.softmax(0)[label].item(),
-                 others.argmax().item()], abs=1e-4)
+                [shares[label], shares[other], other], abs=1e-4)
         total += value.item() * len(part)
         optimizer.zero_grad()
         value.backward()
@@ -565,7 +565,7 @@ def test_the_run_saves_what_it_says(finished):
     last = tm.load_checkpoint(finished.out / "model_last.pth")
     best = tm.load_checkpoint(finished.out / "model_best.pth")
     keys = {"format", "settings", "class_names", "split", "split_source", "planned_epochs",
-            "history", "margins", "torch", "device", "model"}
+            "history", "margins", "corrected", "torch", "device", "model"}
     assert best.keys() == keys and last.keys() == keys | {"optimizer", "scaler"}
     assert [len(last["split"][part]) for part in tm.PARTS] == [30, 5, 5]
     assert best["split"] == last["split"] and "by painting" in best["split_source"]
