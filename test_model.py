@@ -274,7 +274,7 @@ def find_outliers(run, tested, margins):
     """Return a row for each painting, those most likely to be mislabelled first.
 
     tested: {path: label} of the test; margins: see `train_model.update_margins`. doubt adds the
-    log odds of another label, by the model (the margin) and by the artist prior (at least -1). The
+    margin, standardised within its part, and the log odds of the artist prior, at least -1. The
     former is weighted by how far validation accuracy exceeds the commonest class's, in 0..1.
     """
     class_names, split, rows = run["class_names"], run["split"], []
@@ -283,14 +283,16 @@ def find_outliers(run, tested, margins):
     commonest = max(Counter(split["validation"].values()).values()) / len(split["validation"])
     trust = max(0.01, (accuracy - commonest) / max(0.01, 1 - commonest))
     for part, labels in (split | {"test": tested}).items():
-        for path, label in labels.items():
-            if path in margins:
-                own, others, other, _ = margins[path]  # log probabilities, and a label
-                row = {"path": path, "class": class_names[label], "part": part,
-                       "margin": others - own, "class_probability": math.exp(own),
-                       "model_class": class_names[other], "model_probability": math.exp(others),
-                       **prior(path, label)}
-                rows.append(row | {"doubt": trust * (others - own) + max(row["score"], -1)})
+        paths = [path for path in labels if path in margins]
+        values = np.array([margins[path][1] - margins[path][0] for path in paths] or [0.0])
+        standard = (values - values.mean()) / (values.std() or 1)  # training's are smaller
+        for path, value, margin in zip(paths, standard.tolist(), values.tolist()):
+            own, others, other, _ = margins[path]  # log probabilities, and a label
+            row = {"path": path, "class": class_names[labels[path]], "part": part,
+                   "margin": margin, "class_probability": math.exp(own),
+                   "model_class": class_names[other], "model_probability": math.exp(others),
+                   **prior(path, labels[path])}
+            rows.append(row | {"doubt": trust * value + max(row["score"], -1)})
     return sorted(rows, key=lambda row: (-row["doubt"], row["path"]))
 
 

@@ -279,10 +279,12 @@ def test_doubt_is_as_defined(accuracy, trust):
     rows = test_model.find_outliers(run, labels["test"], margins)
     prior, doubts = test_model.make_prior(labels, "style", names), {}
     for part in labels.values():
-        for path in part.keys() - {unused}:
+        own = {path: -3 - margins[path][0] for path in part.keys() - {unused}}
+        mean, spread = np.mean(list(own.values())), np.std(list(own.values()))
+        for path, margin in own.items():
             score = prior(path, part[path])["score"]
             assert (score == 0) == ("nameless" in path)
-            doubts[path] = trust * (-3 - margins[path][0]) + max(score, -1)
+            doubts[path] = trust * (margin - mean) / spread + max(score, -1)
     assert len(doubts) == 153
     assert [row["doubt"] for row in rows] == pytest.approx(sorted(doubts.values(), reverse=True))
     assert {row["path"]: row["doubt"] for row in rows} == pytest.approx(doubts)
