@@ -320,8 +320,7 @@ def find_neighbours(run, model, results, copies, settings):
 def write_neighbours(run, results, rows, features, copies, settings):
     """Write the features (N, 2048) of rows, their near copies, and the page with neighbours."""
     folder = settings.output_dir
-    np.save(content := io.BytesIO(), features.cpu().numpy())
-    write_extra(folder / "features.npy", content.getvalue())
+    write_array(folder / "features.npy", features.cpu().numpy())
     write_extra(folder / "features.csv", train_model.csv_table(("path", "part", "class"), rows))
     features = features.float()
     results["near_copies"] = find_near_copies(rows, features)
@@ -466,6 +465,12 @@ def classify_own_pictures(run, model, settings):
 # ---------------------------------------------------------------------------------- tables and page
 
 
+def write_array(file, array):
+    """Write an array as NumPy's .npy."""
+    np.save(content := io.BytesIO(), array)
+    write_extra(file, content.getbuffer())
+
+
 def write_tables(folder, class_names, results):
     """Write what programs read: scores.json, and the tables as CSV."""
     plain = {name: value for name, value in results.items()
@@ -484,8 +489,7 @@ def write_tables(folder, class_names, results):
         "confusion": (("", *class_names), [
             dict(zip(("", *class_names), (name, *counts)))
             for name, counts in zip(class_names, results["confusion"].tolist())])}
-    np.save(content := io.BytesIO(), results["probabilities"])
-    write_extra(folder / "probabilities.npy", content.getvalue())
+    write_array(folder / "probabilities.npy", results["probabilities"])
     for name, (columns, rows) in tables.items():
         write_extra(folder / f"{name}.csv", train_model.csv_table(columns, rows))
 
