@@ -275,13 +275,15 @@ def find_outliers(run, tested, margins):
 
     tested: {path: label} of the test; margins: see `train_model.update_margins`. doubt adds the
     margin, standardised within its part, and the log odds of the artist prior, at least -1. The
-    former is weighted by how far validation accuracy exceeds the commonest class's, in 0..1.
+    margin's weight is the log of how many errors the commonest class makes for each of the model's.
     """
     class_names, split, rows = run["class_names"], run["split"], []
     prior = make_prior(split, run["settings"]["ATTRIBUTE"], class_names)
+    paintings = len(split["validation"])
+    commonest = max(Counter(split["validation"].values()).values()) / paintings
     accuracy = max(row["validation_accuracy"] for row in run["history"])
-    commonest = max(Counter(split["validation"].values()).values()) / len(split["validation"])
-    trust = max(0.01, (accuracy - commonest) / max(0.01, 1 - commonest))
+    baseline, errors = (max(1 - share, 1 / paintings) for share in (commonest, accuracy))
+    weight = max(0.01, math.log(baseline / errors))
     for part, labels in (split | {"test": tested}).items():
         paths = [path for path in labels if path in margins]
         values = np.array([margins[path][1] - margins[path][0] for path in paths] or [0.0])
@@ -292,7 +294,7 @@ def find_outliers(run, tested, margins):
                    "margin": margin, "class_probability": math.exp(own),
                    "model_class": class_names[other], "model_probability": math.exp(others),
                    **prior(path, labels[path])}
-            rows.append(row | {"doubt": trust * value + max(row["score"], -1)})
+            rows.append(row | {"doubt": weight * value + max(row["score"], -1)})
     return sorted(rows, key=lambda row: (-row["doubt"], row["path"]))
 
 
