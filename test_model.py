@@ -347,9 +347,9 @@ def find_near_copies(rows, features):
     classes = torch.tensor(np.unique([row["class"] for row in rows], return_inverse=True)[1])
     classes, most = classes.to(features.device), max(NEAR_COPIES, len(rows) // 50)
     pairs = {False: [], True: []}  # by whether they are of one class
-    for start in range(0, len(rows), 512):  # 512 x 81,446 similarities take 170 MB
-        similarity = (features[start : start + 512] @ features[start:].T).triu(1)
-        same = classes[start : start + 512, None] == classes[start:]
+    for start in range(0, len(rows), 128):  # 128 x 81,446 similarities take 42 MB
+        similarity = (features[start : start + 128] @ features[start:].T).triu(1)
+        same = classes[start : start + 128, None] == classes[start:]
         for kind in pairs:
             best = similarity.where(same == kind, 0).topk(min(5, similarity.shape[1]))
             for a, (values, others) in enumerate(zip(*(x.tolist() for x in best)), start):

@@ -292,7 +292,7 @@ def test_doubt_is_as_defined(accuracy, weight):
 
 
 def test_near_copies_are_the_most_similar_pairs():
-    """More than two blocks of 512 rows, against all pairs at once; five copies of one class."""
+    """Many blocks of rows, against all pairs at once; five copies of one class."""
     random = torch.Generator().manual_seed(3)
     features = torch.nn.functional.normalize(torch.randn(1200, 16, generator=random).abs())
     features[1100] = features[3]  # of two classes, far apart
