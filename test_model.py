@@ -529,7 +529,7 @@ th, td { font-weight: 400; text-align: left; padding: .35rem .35rem .35rem 0 }
 .matrix th { min-width: 7rem } .matrix th + th { min-width: 0; vertical-align: bottom }
 .matrix th span { max-height: 12rem; writing-mode: vertical-rl; transform: rotate(180deg) }
 img { display: block; width: 100%; height: 10rem; object-fit: contain; object-position: 0 100% }
-.nearest { display: flex; gap: .4rem; color: var(--soft); font-size: .7rem; line-height: 1.2;
+.nearest { display: flex; gap: .3rem; color: var(--soft); font-size: .62rem; line-height: 1.3;
   hyphens: auto }
 .nearest div { flex: 1 } .nearest img { height: 3.5rem }
 @media print { body { padding: 0; font-size: 10pt; print-color-adjust: exact } nav { display: none }
