@@ -1139,7 +1139,8 @@ def make_parser(description, settings, *scripts):
     parser = argparse.ArgumentParser(description=title, epilog=examples, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in settings.items():
-        kind = {int: "INT", float: "FLOAT"}.get(type(value), "PATH" if "_DIR" in name else "TEXT")
+        path = name == "CORRECTIONS" or name.endswith("_DIR")
+        kind = {int: "INT", float: "FLOAT"}.get(type(value), "PATH" if path else "TEXT")
         parser.add_argument("--" + name.lower().replace("_", "-"), metavar=kind, type=type(value),
                             default=value, help=f"{notes[name]} [{value}]".replace("%", "%%"))
     return parser
