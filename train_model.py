@@ -965,8 +965,12 @@ def csv_table(columns, rows):
 @contextlib.contextmanager
 def lock_folder(folder):
     """Hold the lock of a folder, made if need be; raise InputError if another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "ab")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
+    with file:
         try:
             import fcntl  # not on Windows
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
