@@ -682,7 +682,7 @@ def label_by_folder_or_artist(found, attribute, min_paintings):
     print_examples(f"{attribute}s with fewer than {least} paintings (MIN_PAINTINGS), no classes",
                    sorted(sizes.keys() - set(class_names)))
     if len(sizes) < len(folders):
-        print(f"note: file names tell {len(sizes)} artists; --attribute style classifies folders")
+        print(f"note: file names give {len(sizes)} artists; --attribute style classifies folders")
     label_of = {name: label for label, name in enumerate(class_names)}
     labels = {path: label_of[name_of(path)] for path in found if name_of(path) in label_of}
     return class_names, labels, None
@@ -750,7 +750,7 @@ def split_paintings(labels, test_list, group_by, seed):
         source = f"drawn by {group_by}{'' if test_list else ', without lists'}"
         shares, tested = {"train": 0.7, "test": 0.15, "validation": 0.15}, ()
     if group_by == "artist" and len(set(map(name_of, labels)) - {""}) < len(shares):
-        raise InputError("GROUP_BY artist needs three artists in file names: juan-gris_violin.jpg")
+        raise InputError("GROUP_BY artist needs file names of three artists, as juan-gris_violin.jpg")
     others = {path: label for path, label in labels.items() if path not in tested}
     split = {"test": {path: labels[path] for path in tested}}
     split |= draw_split(others, lambda path: name_of(path) or file_name(path), shares, seed)
