@@ -750,7 +750,7 @@ def split_paintings(labels, test_list, group_by, seed):
         source = f"drawn by {group_by}{'' if test_list else ', without lists'}"
         shares, tested = {"train": 0.7, "test": 0.15, "validation": 0.15}, ()
     if group_by == "artist" and len(set(map(name_of, labels)) - {""}) < len(shares):
-        raise InputError("GROUP_BY artist needs file names of three artists, as juan-gris_violin.jpg")
+        raise InputError("GROUP_BY artist needs file names of three artists, as juan-gris_vase.jpg")
     others = {path: label for path, label in labels.items() if path not in tested}
     split = {"test": {path: labels[path] for path in tested}}
     split |= draw_split(others, lambda path: name_of(path) or file_name(path), shares, seed)
