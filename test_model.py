@@ -88,7 +88,8 @@ def prepare_test(run, settings):
     with contextlib.suppress(OSError, InputError):  # the later epochs, if available
         last = train_model.load_checkpoint(settings.output_dir / "model_last.pth")
         if last["history"][: len(run["history"])] == run["history"]:
-            run |= {name: last[name] for name in ("history", "settings", "margins", "split")}
+            names = ("history", "settings", "margins", "split", "corrected")
+            run |= {name: last[name] for name in names}
     found = train_model.find_paintings(settings.data_dir)
     train_model.locate_paintings(run, found)
     test, everything = run["split"]["test"], set().union(*run["split"].values())

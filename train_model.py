@@ -481,10 +481,11 @@ def set_up_run(settings):
         run = {"format": FORMAT, "class_names": class_names, "settings": chosen, "split": split,
                "split_source": source, "planned_epochs": settings.epochs, "history": [],
                "margins": {}, "corrected": corrected}
-    elif os.path.exists(settings.corrections):
-        print(f"note: a resumed run keeps its labels, and does not read {settings.corrections}")
+    else:
+        locate_paintings(run, found)
+        if os.path.exists(settings.corrections):
+            print(f"note: a resumed run keeps its labels, and does not read {settings.corrections}")
     run["torch"] = str(torch.__version__)
-    locate_paintings(run, found)
     listed = {path for labels in run["split"].values() for path in labels}
     print_examples("paintings in this run missing from disk", sorted(listed.difference(found)))
     print_examples("paintings on disk not used in this run", sorted(set(found) - listed))

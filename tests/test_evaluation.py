@@ -813,12 +813,13 @@ def test_margins_follow_their_paintings(finished, tested, tmp_path, resumed):
     if resumed:
         for holder in (best["split"]["train"], best["margins"]):
             holder[spelling] = holder.pop(path)
-        torch.save(best, tmp_path / "model_last.pth")
+        torch.save(best | {"corrected": {spelling: 0}}, tmp_path / "model_last.pth")
     other = examine(finished, tmp_path, "--data-dir", str(tmp_path / "wikiart"))
     margins = {row["path"]: row["margin"] for row in other.outliers}
     before = {row["path"]: row["margin"] for row in tested.outliers}
     assert margins == {spelling if name == path else name: value
                        for name, value in before.items()}
+    assert ("1 labels were changed" in page_of(tmp_path).text) == resumed
 
 
 WRITTEN = ("report.html", "scores.json", "predictions.csv", "probabilities.npy", "outliers.csv",
