@@ -118,6 +118,7 @@ def write_results(run, labels, views, copies, settings):
     folder, class_names = settings.output_dir, run["class_names"]
     best = run["history"][train_model.best_epoch(run["history"]) - 1]
     logits, truth = views.mean(0), torch.tensor(list(labels.values()))
+    probabilities = logits.double().softmax(1)
     margins = dict(run["margins"])
     train_model.update_margins(margins, labels, train_model.label_margins(logits, truth), True)
     results = {
@@ -126,8 +127,8 @@ def write_results(run, labels, views, copies, settings):
         "centre_accuracy": (views[len(views) // 2].argmax(1) == truth).double().mean().item(),
         "baselines": baselines(labels, run["split"], run["settings"]["ATTRIBUTE"]),
         "listed": len(run["split"]["test"]),
-        "predictions": predict(labels, logits, class_names),
-        "probabilities": logits.double().softmax(1).float().numpy(),
+        "predictions": predict(labels, logits, probabilities, class_names),
+        "probabilities": probabilities.float().numpy(),
         "outliers": find_outliers(run, labels, margins), "near_copies": []}
     results["beats_guessing"] = results["interval"][0] > next(iter(results["baselines"].values()))
     results["agreed"], results["shown"] = select_outliers(
@@ -226,10 +227,9 @@ def baselines(labels, split, attribute):
     return shares
 
 
-def predict(labels, logits, class_names):
-    """Return a row of predictions.csv for each painting of {path: label} and its logits (N, C)."""
+def predict(labels, logits, probabilities, class_names):
+    """Return a row of predictions.csv for each of {path: label}, from its logits (N, C)."""
     label = torch.tensor(list(labels.values()))[:, None]
-    probabilities = logits.double().softmax(1)
     columns = {
         "path": labels,
         "class": [class_names[place] for place in labels.values()],
@@ -266,7 +266,7 @@ def make_prior(split, attribute, class_names):
         best = np.where(one[label], -np.inf, shares).argmax()
         return {"prior": name, "prior_paintings": total, "prior_share": others[label] / total,
                 "prior_class": class_names[best] if others[best] else "",
-                "usual": others[best] / total, "score": shares[best] - shares[label]}
+                "prior_class_share": others[best] / total, "score": shares[best] - shares[label]}
 
     return prior
 
@@ -301,8 +301,9 @@ def find_outliers(run, tested, margins):
 
 def agree(row):
     """Return whether model and artist prior name the same other class, and both are sure."""
-    return (row["margin"] > 0 and row["model_class"] == row["prior_class"] and row["usual"] > 0.5
-            and row["prior_paintings"] >= 20 and row["prior_share"] < 0.05)
+    return (row["margin"] > 0 and row["model_class"] == row["prior_class"]
+            and row["prior_paintings"] >= 20
+            and row["prior_share"] < 0.05 and row["prior_class_share"] > 0.5)
 
 
 NEAR_COPIES = 100  # pairs of each kind in near_copies.csv, or one for each 50 paintings if more
@@ -711,7 +712,7 @@ def caption(row):
     if row["prior_class"]:
         artist = escaped(row["prior"].replace("-", " ").title())
         words += (f"<br>{artist}: {row['prior_share']:.0%} of {row['prior_paintings']} others have "
-                  f"this label, {row['usual']:.0%} {escaped(row['prior_class'])}")
+                  f"this label, {row['prior_class_share']:.0%} {escaped(row['prior_class'])}")
     return words
 
 
